@@ -98,10 +98,8 @@ def _top_p(score: Array, policy: TopP, kv: BlockedAxis, xp: Any) -> Array:
     sorted_weights = xp.take_along_axis(free, best_first, axis=-1)
     before = xp.cumulative_sum(sorted_weights, axis=-1) - sorted_weights
     before = before + xp.sum(protected, axis=-1, keepdims=True)
-    needed = math.ceil(policy.floor * kv.blocks) - (kv.blocks - kv.free_blocks)
-    least = max(needed, 1 if kv.free_blocks == kv.blocks else 0)
     place = xp.arange(kv.free_blocks, device=device_of(score))
-    kept = (before < policy.mass * total) | (place < least)
+    kept = (before < policy.mass * total) | (place < policy.least(kv))
     return xp.take_along_axis(kept, xp.argsort(best_first, axis=-1, stable=True), axis=-1)
 
 
