@@ -153,6 +153,17 @@ class Backend(ABC):
         """Rank among backends that can run this plan: ORACLE 0, PORTABLE 10, VENDOR 50, TUNED 100."""
         return VENDOR
 
+    def speedup(self, plan: Plan, device: Device) -> float | None:
+        """How many times faster than dense attention the plan is estimated to be; None where nothing was measured.
+
+        Below 1, `rainfusion.attention` warns: skipping blocks does not pay there.
+        """
+        return None
+
+    def record(self, executable: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
+        """The result of a call that a framework records into a graph just now, instead of making it; else None."""
+        return None
+
     def check_inputs(self, q: Array, k: Array, v: Array) -> None:
         """Refuse inputs for a reason that neither shape nor dtype shows, with a ProblemError."""
         return

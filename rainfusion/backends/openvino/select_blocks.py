@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import openvino as ov
 from openvino import opset13 as op

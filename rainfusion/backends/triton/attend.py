@@ -8,13 +8,16 @@ from threading import Lock
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from rainfusion.backends.triton import chip
 from rainfusion.backends.triton.attend_blocks import attend_blocks
 from rainfusion.backends.triton.configs import AttendConfig, attend_configs
 from rainfusion.backends.triton.operands import Attention
+from rainfusion.core.errors import RainfusionWarning, warn_caller
 from rainfusion.core.ir import Plan
 
 WIDEST = 256
@@ -51,11 +54,20 @@ class Attend:
             return True
         return self.hopper is not None and not self.hopper.can_fetch(x)
 
+    def __str__(self) -> str:
+        return "Hopper kernel" if self.hopper is not None else "plain kernel"
+
     def __call__(self, given: Attention, out: Tensor, lse: Tensor | None) -> None:
         """Write output ``[B, H, q_len, D]`` and, unless None, log-sum-exp ``[B, H, q_len]``."""
         if self.hopper is not None:
-            self.hopper.attend_hopper(given, out, lse)
-            return
+            try:
+                self.hopper.attend_hopper(given, out, lse)
+                return
+            except (CompilationError, PTXASError) as error:  # Gluon changes from one Triton to the next
+                self.hopper = None
+                reason = str(error).strip().rpartition("\n")[2]
+                said = f"Triton {triton.__version__} does not compile the Hopper kernel ({reason})"
+                warn_caller(f"{said}; the plain kernel takes over", RainfusionWarning)
         while True:
             config = self.configs[0]
             try:
@@ -81,5 +93,5 @@ def _hopper(plan: Plan, device: torch.device) -> Any:
     )
     try:
         return import_module("rainfusion.backends.triton.attend_hopper") if fits else None
-    except ImportError:
+    except (ImportError, AttributeError):  # a Triton without Gluon, or with another one
         return None

@@ -73,6 +73,7 @@ def attend_blocks(given: Attention, out: Tensor, lse: Tensor | None, config: Att
         PRECISION=precision,
         num_warps=config.warps,
         num_stages=config.stages,
+        enable_fp_fusion=True,
     )
 
 
@@ -181,7 +182,8 @@ def _attend(
     if out_order is not None:
         token = tl.load(out_order + position, mask=there, other=0)
     empty = mass == 0.0
-    result = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, mass)[:, None])
+    mass = tl.where(empty, 1.0, mass)
+    result = tl.where(empty[:, None], 0.0, acc / mass[:, None])
     d = tl.arange(0, WIDTH)
     into = out + b * out_b + h * out_h + token.to(tl.int64)[:, None] * out_n + d[None, :] * out_d
     tl.store(into, result.to(out.dtype.element_ty), mask=there[:, None] & (d < DIM)[None, :])

@@ -34,7 +34,7 @@ STAGES = 2  # slots of the rings of k and v
 _LOG2_E = 1.0 / math.log(2.0)
 _LN_2 = gl.constexpr(math.log(2.0))
 _NONE = gl.constexpr(float("-inf"))
-# A row's maximum may be exceeded by this much (in base 2) before its sums are rescaled: exact in float32, rarely needed.
+# A row's maximum may be exceeded by this much, in base 2, before its sums are rescaled: float32 bears it.
 _SLACK = gl.constexpr(8.0)
 _fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.7 renamed it
 
@@ -79,6 +79,7 @@ def attend_hopper(given: Attention, out: Tensor, lse: Tensor | None) -> None:
         STAGES=STAGES,
         RAGGED=given.kv_len % KEYS != 0,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -93,12 +94,16 @@ def _tokens(x: Tensor, length: int, rows: int) -> TensorDescriptor:
     """Runs of `rows` tokens of one head; what lies beyond `length` tokens is read as zero."""
     batch, heads, _, dim = x.shape
     strides = [stride if size > 1 else 8 * dim for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, [batch, heads, length, dim], [*strides, 1], [1, 1, rows, dim], _layout(rows, dim, x.dtype))
+    return TensorDescriptor(
+        x, [batch, heads, length, dim], [*strides, 1], [1, 1, rows, dim], _layout(rows, dim, x.dtype)
+    )
 
 
 @lru_cache
 def _layout(rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+    return gl.NVMMASharedLayout.get_default_for(
+        [1, 1, rows, dim], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    )
 
 
 def _bias(bias: Tensor) -> TensorDescriptor:
@@ -122,12 +127,18 @@ class Ring(NamedTuple):
     free: gl.shared_memory_descriptor
 
 
-class Mail(NamedTuple):
-    """Two slots in which the producer tells the consumers of a tile.
-
-    `tile` is its number, -1 where there is none any more; `kept` how many key blocks it keeps, of which the first
-    `whole` are not ragged.
+class Tile(NamedTuple):
+    """One query block of one head: its number, -1 where there is none any more; how many key blocks it keeps, and how
+    many of these, from the first on, are not ragged.
     """
+
+    number: gl.tensor
+    kept: gl.tensor
+    whole: gl.tensor
+
+
+class Mail(NamedTuple):
+    """Two slots in which the producer tells the consumers of a tile."""
 
     tile: gl.shared_memory_descriptor
     kept: gl.shared_memory_descriptor
@@ -257,41 +268,41 @@ def _attend(
 
 @gluon.jit
 def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.constexpr):
-    q_desc, k_desc, v_desc, mean_k, mean_v, bias_desc = sources
+    q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, bias_desc = sources
     q_ring, k_ring, v_ring, bias, mail = rings
     it = 0
     t = 0
     taken, tile, kept, block = _take_tile(lists, sizes)
     going = True
     while going:
-        bh = tile // sizes.q_blocks
-        b = bh // sizes.heads
-        h = bh % sizes.heads
-        g = h // sizes.group
         going = taken < sizes.tiles
+        bh = tile // sizes.q_blocks
+        b, h = bh // sizes.heads, bh % sizes.heads
+        head = (b, h // sizes.group)
         listed = lists.indices + tile.to(gl.int64) * lists.index_stride
         steps = kept + sizes.mean_steps
         _tell(mail, t, gl.where(going, tile, -1), kept, listed, sizes)
-        _fill(k_ring, it, k_desc, mean_k, b, g, block, 0, kept, tile, bias_desc, bias, STAGES, False, False)
+        _fill(k_ring, it, k_desc, head, block * 128, STAGES)
         _wait_free(q_ring, t, 2)
         mbarrier.expect(q_ring.full.index(t % 2), 2 * q_desc.block_type.nbytes)
         for half in gl.static_range(2):
             row = (tile % sizes.q_blocks) * 128 + half * 64
             _fetch(q_desc, [b, h, row, 0], q_ring.full.index(t % 2), q_ring.data.index((t % 2) * 2 + half))
         if going:
-            current, current_kept, current_block = tile, kept, block
+            current, last, current_block = tile, kept - 1, block
             taken, tile, kept, block = _take_tile(lists, sizes)
             for j in range(1, steps + 1):
-                following = gl.load(listed + gl.minimum(j, current_kept - 1))
+                following = gl.load(listed + gl.minimum(j, last))
+                mean = (j - 1 - last) * 128  # the first of the means of step j, if these have begun
                 if j < steps:
-                    _fill(
-                        k_ring, it + 1, k_desc, mean_k, b, g, following, j, current_kept, current, bias_desc, bias,
-                        STAGES, MEANS, True,
-                    )
-                _fill(
-                    v_ring, it, v_desc, mean_v, b, g, current_block, j - 1, current_kept, current, bias_desc, bias,
-                    STAGES, MEANS, False,
-                )
+                    if MEANS and mean >= 0:
+                        _fill_biased(k_ring, it + 1, mean_k_desc, head, mean, bias_desc, bias, current, STAGES)
+                    else:
+                        _fill(k_ring, it + 1, k_desc, head, following * 128, STAGES)
+                if MEANS and mean > 0:
+                    _fill(v_ring, it, mean_v_desc, head, mean - 128, STAGES)
+                else:
+                    _fill(v_ring, it, v_desc, head, current_block * 128, STAGES)
                 current_block = following
                 it += 1
             t += 1
@@ -325,42 +336,22 @@ def _tell(mail, t, tile, kept, listed, sizes):
 
 
 @gluon.jit
-def _fill(
-    ring,
-    it,
-    tokens,
-    means,
-    b,
-    h,
-    block,
-    j,
-    kept,
-    tile,
-    bias_desc,
-    bias,
-    STAGES: gl.constexpr,
-    MEANS: gl.constexpr,
-    BIASED: gl.constexpr,
-):
-    """Fetch step j of a tile: a key block, or, after the kept ones, a run of means, with its bias if it has one."""
+def _fill(ring, it, desc, head, first, STAGES: gl.constexpr):
+    """Fetch 128 rows of a head into the slot of step `it`."""
     _wait_free(ring, it, STAGES)
-    full, into = ring.full.index(it % STAGES), ring.data.index(it % STAGES)
-    size: gl.constexpr = tokens.block_type.nbytes
-    if MEANS:
-        if j < kept:
-            mbarrier.expect(full, size)
-            _fetch(tokens, [b, h, block * 128, 0], full, into)
-        else:
-            column = (j - kept) * 128
-            if BIASED:
-                mbarrier.expect(full, size + bias_desc.block_type.nbytes)
-                _fetch(bias_desc, [tile, column], full, bias.index(it % STAGES))
-            else:
-                mbarrier.expect(full, size)
-            _fetch(means, [b, h, column, 0], full, into)
-    else:
-        mbarrier.expect(full, size)
-        _fetch(tokens, [b, h, block * 128, 0], full, into)
+    full = ring.full.index(it % STAGES)
+    mbarrier.expect(full, desc.block_type.nbytes)
+    _fetch(desc, [head[0], head[1], first, 0], full, ring.data.index(it % STAGES))
+
+
+@gluon.jit
+def _fill_biased(ring, it, desc, head, first, bias_desc, bias, tile, STAGES: gl.constexpr):
+    """Fetch 128 means of a head and what is added to their logits."""
+    _wait_free(ring, it, STAGES)
+    full = ring.full.index(it % STAGES)
+    mbarrier.expect(full, desc.block_type.nbytes + bias_desc.block_type.nbytes)
+    _fetch(desc, [head[0], head[1], first, 0], full, ring.data.index(it % STAGES))
+    _fetch(bias_desc, [tile, first], full, bias.index(it % STAGES))
 
 
 # -- consumers -------------------------------------------------------------------------------------------
@@ -373,46 +364,35 @@ def _accumulator(columns):
 
 
 @gluon.jit
-def _consume(
-    outs,
-    rings,
-    sizes,
-    HALF: gl.constexpr,
-    DIM: gl.constexpr,
-    STAGES: gl.constexpr,
-    RAGGED: gl.constexpr,
-    MEANS: gl.constexpr,
-):
+def _consume(outs, rings, sizes, HALF: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, RAGGED, MEANS):
     S_ROW: gl.constexpr = gl.SliceLayout(1, _accumulator(128))
-    q_ring, k_ring, v_ring, bias, mail = rings
+    q_ring, k_ring, _, _, mail = rings
     none = gl.full([64], _NONE, gl.float32, S_ROW)
     it = 0
     t = 0
-    tile, kept, whole = _hear(mail, t)
+    tile = _hear(mail, t)
     _wait_full(q_ring, t, 2)
     _wait_full(k_ring, it, STAGES)
     q = q_ring.data.index(HALF).reshape([64, DIM])
     s = warpgroup_mma_wait(0, deps=(_logits(q, k_ring, it, DIM, STAGES),))
     mbarrier.arrive(k_ring.free.index(it % STAGES), count=1)
-    x, peak, fade = _shifted(s, none, 0, whole, kept, bias, it, sizes, STAGES, RAGGED, False)
-    _wait_full(k_ring, it + 1, STAGES, pred=tile >= 0)
-    while tile >= 0:
+    x, peak, fade = _shifted(s, none, 0, tile, rings, it, sizes, STAGES, RAGGED, False)
+    _wait_full(k_ring, it + 1, STAGES, pred=tile.number >= 0)
+    while tile.number >= 0:
         acc = gl.zeros([64, DIM], gl.float32, _accumulator(DIM))
         mass = gl.zeros([64], gl.float32, S_ROW)
-        for j in range(1, kept + sizes.mean_steps):
-            acc, mass, peak, x, fade = _step(
-                acc, mass, peak, x, fade, q, rings, it, j, whole, kept, True, sizes, DIM, STAGES, RAGGED, MEANS
-            )
+        for j in range(1, tile.kept + sizes.mean_steps):
+            sums = (acc, mass, peak, x, fade)
+            acc, mass, peak, x, fade = _step(sums, q, rings, it, j, tile, True, sizes, DIM, STAGES, RAGGED, MEANS)
             it += 1
         mbarrier.arrive(q_ring.free.index(t % 2), count=1)
         t += 1
-        done, done_peak = tile, peak
-        tile, kept, whole = _hear(mail, t)
+        done, done_peak = tile.number, peak
+        tile = _hear(mail, t)
         _wait_full(q_ring, t, 2)
         q = q_ring.data.index((t % 2) * 2 + HALF).reshape([64, DIM])
-        acc, mass, peak, x, fade = _step(
-            acc, mass, none, x, fade, q, rings, it, 0, whole, kept, tile >= 0, sizes, DIM, STAGES, RAGGED, False
-        )
+        sums, more = (acc, mass, none, x, fade), tile.number >= 0
+        acc, mass, peak, x, fade = _step(sums, q, rings, it, 0, tile, more, sizes, DIM, STAGES, RAGGED, False)
         it += 1
         _write(acc, mass, done_peak, outs, done, sizes, HALF, DIM)
 
@@ -422,35 +402,18 @@ def _hear(mail, t):
     """What the producer tells of the t-th tile."""
     _wait_full(mail, t, 2)
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    tile = gl.max(mail.tile.index(t % 2).load(one), 0)
+    number = gl.max(mail.tile.index(t % 2).load(one), 0)
     kept = gl.max(mail.kept.index(t % 2).load(one), 0)
     whole = gl.max(mail.whole.index(t % 2).load(one), 0)
     mbarrier.arrive(mail.free.index(t % 2), count=1)
-    return tile, kept, whole
+    return Tile(number, kept, whole)
 
 
 @gluon.jit
-def _step(
-    acc,
-    mass,
-    peak,
-    x,
-    fade,
-    q,
-    rings,
-    it,
-    j,
-    whole,
-    kept,
-    goes_on,
-    sizes,
-    DIM: gl.constexpr,
-    STAGES: gl.constexpr,
-    RAGGED: gl.constexpr,
-    MEANS: gl.constexpr,
-):
-    """Attend with the weights of step `it` of the stream, while the logits of the next, step j of its tile, are made."""
-    _, k_ring, v_ring, bias, _ = rings
+def _step(sums, q, rings, it, j, tile, more, sizes, DIM: gl.constexpr, STAGES: gl.constexpr, RAGGED, MEANS):
+    """Attend with the weights of step `it` of the stream while the logits of the next are made, step j of its tile."""
+    acc, mass, peak, x, fade = sums
+    _, k_ring, v_ring, _, _ = rings
     s = _logits(q, k_ring, it + 1, DIM, STAGES)
     _wait_full(v_ring, it, STAGES)
     p = _exp2(x)
@@ -461,11 +424,11 @@ def _step(
     s = warpgroup_mma_wait(1, deps=(s,))
     if not MEANS:
         mbarrier.arrive(k_ring.free.index((it + 1) % STAGES), count=1)
-    x, peak, fade = _shifted(s, peak, j, whole, kept, bias, it + 1, sizes, STAGES, RAGGED, MEANS)
+    x, peak, fade = _shifted(s, peak, j, tile, rings, it + 1, sizes, STAGES, RAGGED, MEANS)
     if MEANS:  # the bias lies in the slot of the keys
         mbarrier.arrive(k_ring.free.index((it + 1) % STAGES), count=1)
     # The spin of this wait ends a basic block; without it ptxas hoists the wait for wgmma above the maximum.
-    _wait_full(k_ring, it + 2, STAGES, pred=goes_on)
+    _wait_full(k_ring, it + 2, STAGES, pred=more)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     mbarrier.arrive(v_ring.free.index(it % STAGES), count=1)
     return acc, mass, peak, x, fade
@@ -480,29 +443,18 @@ def _logits(q, k_ring, it, DIM: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _shifted(
-    s,
-    peak,
-    j,
-    whole,
-    kept,
-    bias,
-    it,
-    sizes,
-    STAGES: gl.constexpr,
-    RAGGED: gl.constexpr,
-    MEANS: gl.constexpr,
-):
+def _shifted(s, peak, j, tile, rings, it, sizes, STAGES: gl.constexpr, RAGGED, MEANS):
     """Logits of step j less the row maximum, that maximum, and by how much it fades what came before; all in base 2.
 
     A maximum that grows little stays: `_SLACK` says how much float32 and the weights' dtype bear.
     """
+    _, _, _, bias, _ = rings
     column: gl.constexpr = gl.SliceLayout(0, _accumulator(128))
     if RAGGED:
-        if j == whole:
+        if j == tile.whole:
             s += gl.expand_dims(bias.index(STAGES).reshape([128]).load(column), 0)
     if MEANS:
-        if j >= kept:
+        if j >= tile.kept:
             s += gl.expand_dims(bias.index(it % STAGES).reshape([128]).load(column) * (1.0 / sizes.scale), 0)
     highest = _row_max(s, gl.SliceLayout(1, _accumulator(128))) * sizes.scale
     now = gl.where(highest > peak + _SLACK, highest, peak)
@@ -541,8 +493,8 @@ def _rescale_code(n: int) -> tuple[str, str]:
     return code, ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
 
 
-_RESCALE_64, _OPERANDS_64 = map(gl.constexpr, _rescale_code(64))
-_RESCALE_32, _OPERANDS_32 = map(gl.constexpr, _rescale_code(32))
+_CODE_64, _OPERANDS_64 = map(gl.constexpr, _rescale_code(64))
+_CODE_32, _OPERANDS_32 = map(gl.constexpr, _rescale_code(32))
 
 
 @gluon.jit
@@ -550,8 +502,8 @@ def _rescaled(acc, fade, DIM: gl.constexpr):
     """acc times fade, row by row; a warp whose rows keep their maximum steps over it."""
     fades = gl.expand_dims(fade, 1)
     if DIM == 128:
-        return gl.inline_asm_elementwise(_RESCALE_64, _OPERANDS_64, [acc, fades], dtype=gl.float32, is_pure=True, pack=64)
-    return gl.inline_asm_elementwise(_RESCALE_32, _OPERANDS_32, [acc, fades], dtype=gl.float32, is_pure=True, pack=32)
+        return gl.inline_asm_elementwise(_CODE_64, _OPERANDS_64, [acc, fades], gl.float32, is_pure=True, pack=64)
+    return gl.inline_asm_elementwise(_CODE_32, _OPERANDS_32, [acc, fades], gl.float32, is_pure=True, pack=32)
 
 
 @gluon.jit

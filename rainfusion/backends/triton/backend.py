@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from array_api_compat import is_torch_array
 
+from rainfusion.backends import torch_graph
 from rainfusion.backends.interop import as_numpy, refuse_gradients
-from rainfusion.backends.triton import chip
+from rainfusion.backends.triton import chip, cost
 from rainfusion.backends.triton.lowering import RUNS, build
 from rainfusion.core.backend import ORACLE, TUNED, Backend, Capabilities, Device, Kernel
 from rainfusion.core.errors import BackendUnavailableError
 from rainfusion.core.ir import Plan
+from rainfusion.core.lower import Executable
+from rainfusion.core.mask import BlockMask
 
 Array = Any
 VERIFIED_ON = ("sm_90",)
@@ -51,8 +54,14 @@ class TritonBackend(Backend):
     def preference(self, plan: Plan, device: Device) -> int:
         return TUNED if device.type == "cuda" else ORACLE - 1  # nobody wants interpreted kernels unasked
 
+    def speedup(self, plan: Plan, device: Device) -> float | None:
+        return cost.speedup(plan, chip.architecture(torch.device(str(device))))
+
     def kernels(self, plan: Plan, device: Device) -> Sequence[Kernel]:
         return [Kernel(covers, build) for covers in RUNS]
+
+    def record(self, executable: Executable, q: Array, k: Array, v: Array, mask: BlockMask | None) -> Any:
+        return torch_graph.run(executable, q, k, v, mask) if torch_graph.is_tracing() else None
 
     def check_inputs(self, q: Array, k: Array, v: Array) -> None:
         refuse_gradients(q, k, v)

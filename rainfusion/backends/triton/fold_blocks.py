@@ -72,6 +72,7 @@ def fold_blocks(
         WIDTH=width,
         COPY=copy,
         num_warps=8 if rows * width > 64 * 128 else 4,
+        enable_fp_fusion=True,
     )
     return made
 

@@ -86,14 +86,18 @@ class Lowered:
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The values named by ``segment.outputs`` from those named by ``segment.inputs``."""
         values = dict(zip(self._segment.inputs, tensors, strict=True))
-        q, k, v = self._fold(values)
-        lists = self._list(q, k, values.get("%mask"))
+        q, k, v = self.fold(values)
+        lists = self.list(q, k, values.get("%mask"))
         made = {} if lists.mask is None else {"%mask": lists.mask}
         if self._attend is not None:
             assert v is not None
-            results = self._attended(self._attend, q, k, v, lists)
-            made.update(zip(self._segment.ops[-1].outs, results, strict=False))
+            made.update(zip(self._segment.ops[-1].outs, self.attend(q, k, v, lists), strict=False))
         return tuple(made[name] for name in self._segment.outputs)
+
+    @property
+    def how(self) -> str:
+        """Which attention kernel this is, for `print(executable)`."""
+        return "" if self._attend is None else str(self._attend)
 
     def _order(self, axis: BlockedAxis) -> Tensor | None:
         """Position to token on one side; None where tokens stand in block order."""
@@ -101,7 +105,7 @@ class Lowered:
             return None
         return torch.tensor(self._plan.layout.order, dtype=torch.int32, device=self._device)
 
-    def _fold(self, values: dict[str, Tensor]) -> tuple[Folded, Folded, Folded | None]:
+    def fold(self, values: dict[str, Tensor]) -> tuple[Folded, Folded, Folded | None]:
         """q, k and v in the order of their blocks, with the means that something reads."""
 
         def fold(name: str, order: Tensor | None, side: int, *, scored: bool, attended: bool) -> Folded:
@@ -117,7 +121,7 @@ class Lowered:
             return q, k, None
         return q, k, fold("%v", self._kv_order, 1, scored=False, attended=self._summarises)
 
-    def _list(self, q: Folded, k: Folded, mask: Tensor | None) -> BlockLists:
+    def list(self, q: Folded, k: Folded, mask: Tensor | None) -> BlockLists:
         """The key blocks every query block keeps."""
         if self._every is not None:
             return self._every
@@ -133,7 +137,9 @@ class Lowered:
         assert isinstance(plan.policy, TopP)
         return select_top_p(score, plan.policy, rows.blocks, kv, self._wanted)
 
-    def _attended(self, attend: Attend, q: Folded, k: Folded, v: Folded, lists: BlockLists) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Folded, k: Folded, v: Folded, lists: BlockLists) -> tuple[Tensor, Tensor]:
+        """Output, and log-sum-exp (not written where nobody reads it), over the listed blocks."""
+        assert self._attend is not None
         problem = self._plan.problem
         means = None
         if self._summarises:
@@ -156,7 +162,7 @@ class Lowered:
         )
         out = _empty_output(q.tokens, problem.q_shape, problem.tensor_layout)
         lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-        attend(given, out, lse if self._wants_lse else None)
+        self._attend(given, out, lse if self._wants_lse else None)
         return out, lse
 
 

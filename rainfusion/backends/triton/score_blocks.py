@@ -40,6 +40,7 @@ def score_blocks(qb: Tensor, kb: Tensor, scale: float, rows: int, precision: str
         STEP=min(max(triton.next_power_of_2(dim), 16), 64),
         PRECISION=precision,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return scores
 

@@ -101,6 +101,7 @@ def _select(
         blocks,
         WIDTH=width,
         num_warps=_warps(width),
+        enable_fp_fusion=True,
     )
     return lists
 
@@ -120,6 +121,7 @@ def list_blocks(mask: Tensor, kv: BlockedAxis, wanted: Wanted) -> BlockLists:
         blocks,
         WIDTH=width,
         num_warps=_warps(width),
+        enable_fp_fusion=True,
     )
     return BlockLists(lists.counts, lists.indices, mask, lists.bias)
 
@@ -142,7 +144,7 @@ def _empty(shape: tuple[int, int, int, int], device: torch.device, wanted: Wante
 
 
 def _width(blocks: int, wanted: Wanted) -> int:
-    return max(triton.next_power_of_2(blocks), MEANS_A_STEP if wanted.bias else 1)
+    return max(int(triton.next_power_of_2(blocks)), MEANS_A_STEP if wanted.bias else 1)
 
 
 def _warps(width: int) -> int:
