@@ -100,7 +100,7 @@ def _candidates_of(
 ) -> tuple[list[Candidate], Refusal | None]:
     try:
         devices = _devices(backend, array, device)
-        objections = {d: backend.capabilities(d).objections(plan) for d in devices}
+        objections = {d: backend.objections(plan, d) for d in devices}
         able = [Candidate(backend, d, backend.preference(plan, d)) for d in devices if not objections[d]]
     except (Exception, SystemExit) as error:  # a backend may fail in any way; that is a reason, not our failure
         return [], Refusal(backend.name, "probe", f"{type(error).__name__}: {error}")
