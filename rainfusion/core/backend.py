@@ -116,7 +116,8 @@ class Kernel:
         covers: the operation names in order, such as ``("attend",)``.
         build: called once a plan, ``build(segment, plan, device)``; returns a function from the arrays
             named by ``segment.inputs`` to a tuple of those named by ``segment.outputs``. It raises
-            `LoweringError` with the reason where it cannot take this segment.
+            `LoweringError` with the reason where it cannot take this segment. An attribute ``how`` of that
+            function, a few words, is shown by ``print(executable)``.
     """
 
     covers: tuple[str, ...]
@@ -144,6 +145,13 @@ class Backend(ABC):
     @abstractmethod
     def capabilities(self, device: Device) -> Capabilities:
         """What runs on `device`."""
+
+    def objections(self, plan: Plan, device: Device) -> Sequence[str]:
+        """Why this plan cannot run on `device`, one reason an entry; empty where it can.
+
+        By default what `capabilities` say; override it for limits that depend on several things at once.
+        """
+        return self.capabilities(device).objections(plan)
 
     def kernels(self, plan: Plan, device: Device) -> Sequence[Kernel]:
         """Kernels for runs of operations; the longest that fits is taken, the semantics fill the rest."""

@@ -35,7 +35,8 @@ class Step:
     by: str
 
     def __str__(self) -> str:
-        return f"{self.by:<10} {' + '.join(op.name for op in self.segment.ops)}"
+        how = getattr(self.run, "how", "")
+        return f"{self.by:<10} {' + '.join(op.name for op in self.segment.ops)}{how and f'  ({how})'}"
 
 
 EXECUTABLES: WeakValueDictionary[str, Executable] = WeakValueDictionary()
@@ -248,12 +249,16 @@ def _attend(op: Op, plan: Plan, constant: Callable[[np.ndarray], Array]) -> Call
     return lambda *args: semantics.attend(*args, block=block, scale=plan.problem.scale, bias=bias)
 
 
+def _select(op: Op, plan: Plan, constant: Callable[[np.ndarray], Array]) -> Callable[..., Any]:
+    policy, q, kv = plan.policy, plan.q_axis, plan.kv_axis
+    known = constant(semantics.selection_constant(policy, q, kv))
+    return lambda score: semantics.select(score, policy=policy, q=q, kv=kv, constant=known)
+
+
 _MEANINGS: dict[str, Callable[..., Callable[..., Any]]] = {
     "block_mean": lambda op, plan, constant: lambda x, order: semantics.block_mean(x, order, block=op["block"]),
     "block_score": lambda op, plan, constant: lambda qb, kb: semantics.block_score(qb, kb, scale=op["scale"]),
-    "select": lambda op, plan, constant: (
-        lambda score: semantics.select(score, policy=plan.policy, q=plan.q_axis, kv=plan.kv_axis)
-    ),
+    "select": _select,
     "attend": _attend,
     "merge": lambda op, plan, constant: semantics.merge,
 }

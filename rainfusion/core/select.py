@@ -105,7 +105,7 @@ def _candidates_of(
 ) -> tuple[list[Candidate], Refusal | None]:
     try:
         devices = _devices(backend, array, device)
-        objections = {d: backend.capabilities(d).objections(plan) for d in devices}
+        objections = {d: backend.objections(plan, d) for d in devices}
         able = [
             Candidate(backend, d, backend.preference(plan, d), backend.speedup(plan, d))
             for d in devices

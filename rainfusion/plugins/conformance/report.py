@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pytest
 
 REPORT_VERSION = 1
-_PACKAGES = ("rainfusion", "numpy", "torch", "openvino", "array-api-compat", "pytest")
+_PACKAGES = ("rainfusion", "numpy", "torch", "torch-npu", "openvino", "array-api-compat", "pytest")
 
 
 @dataclass(eq=False)
