@@ -81,7 +81,7 @@ def record_of(
     pair: tuple[Target, Target], chosen: Sequence[Case], compared: Sequence[CaseComparison]
 ) -> dict[str, Any]:
     """What ``--json`` prints: who was compared, whether they agree, and every case with its input's fingerprint."""
-    from rainfusion.plugins.conformance.report import environment
+    from rainfusion.plugins.conformance.environment import environment
 
     verdicts = [comparison.ok for comparison in compared]
     return {

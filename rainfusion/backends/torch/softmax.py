@@ -6,6 +6,8 @@ place between them. Both keep softmax statistics in float32 (float64 for float64
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -57,7 +59,7 @@ def fused(
     # Unlike the public function it reads the channels of a token as neighbours, whatever their stride says.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = _FLASH_ON_CPU(q, k, v, attn_mask=bias, scale=scale)
-    return out, lse
+    return out, lse.masked_fill(lse == math.inf, math.nan)  # a logit of infinity: its row is NaN, and so is this
 
 
 def by_products(

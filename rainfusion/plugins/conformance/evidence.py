@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from rainfusion.plugins.conformance.target import Target
 
 PROPERTY = "rainfusion"
+STAND_IN = "RAINFUSION_STAND_IN"
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,16 @@ class Evidence:
         return cls(properties[PROPERTY])  # type: ignore[arg-type]
 
     def ran_on(self, target: Target) -> None:
-        """Note the target: backend, device, claims."""
+        """Note the target: backend and its revision, device and what imitates it, claims."""
+        from rainfusion.plugins.manager import host
+
         claims = {key: _plain(value) for key, value in asdict(target.capabilities).items()}
         self.record["target"] = {
             "backend": target.backend.name,
+            "revision": host().announced(target.backend.name).spec.revision,
             "device": str(target.device),
             "device_name": target.device.name,
+            "stand_in": os.environ.get(STAND_IN) or target.device.stand_in,
             "capabilities": claims,
         }
 
