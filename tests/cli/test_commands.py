@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -233,8 +234,12 @@ def test_parity_as_json():
 def test_parity_ends_with_1_where_they_disagree(monkeypatch):
     from rainfusion.plugins.conformance import parity
 
-    verdict = parity.CaseComparison("ragged_row-f32", ok=False, absolute=float("nan"), tolerance=1e-6)
-    monkeypatch.setattr(parity, "compare_case", lambda a, b, case: verdict)
+    right = parity.compare_case
+
+    def wrong(a, b, case):
+        return replace(right(a, b, case), ok=False, absolute=float("nan"))
+
+    monkeypatch.setattr(parity, "compare_case", wrong)
     answer = command("parity", "--backend", "reference", "--cases", "ragged_row-f32")
     assert answer.exit_code == 1
     assert "DISAGREE" in answer.stdout

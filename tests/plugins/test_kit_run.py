@@ -69,7 +69,7 @@ def test_a_right_backend_passes_and_the_report_says_on_what_evidence(backends: A
     assert (suite["backend"], suite["device"], suite["outcomes"]) == ("right", "cpu", {"passed": 5})
     assert (suite["revision"], suite["stand_in"]) == (1, "")
     assert suite["capabilities"]["dtypes"] == ["bfloat16", "float16", "float32", "float64"]
-    (test,) = (test for test in suite["tests"] if test["test"] == "test_attend[ragged_row-bf16]")
+    (test,) = (test for test in suite["tests"] if test["test"] == "test_attention[ragged_row-bf16]")
     assert test["absolute"] <= test["tolerance"]
     assert test["lse"] <= test["lse_tolerance"]
     assert {"relative", "seconds"} <= {*test}

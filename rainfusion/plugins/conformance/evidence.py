@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
     from rainfusion.plugins.conformance.target import Target
 
 PROPERTY = "rainfusion"
-STAND_IN = "RAINFUSION_STAND_IN"
 
 
 @dataclass(frozen=True)
@@ -33,15 +31,13 @@ class Evidence:
 
     def ran_on(self, target: Target) -> None:
         """Note the target: backend and its revision, device and what imitates it, claims."""
-        from rainfusion.plugins.manager import host
-
         claims = {key: _plain(value) for key, value in asdict(target.capabilities).items()}
         self.record["target"] = {
             "backend": target.backend.name,
-            "revision": host().announced(target.backend.name).spec.revision,
+            "revision": target.revision,
             "device": str(target.device),
             "device_name": target.device.name,
-            "stand_in": os.environ.get(STAND_IN) or target.device.stand_in,
+            "stand_in": target.stand_in,
             "capabilities": claims,
         }
 
