@@ -35,7 +35,7 @@ def test_version():
     assert command("--version").stdout == f"rainfusion {rainfusion.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["devices", "plan", "run", "parity"])
+@pytest.mark.parametrize("name", ["devices", "plan", "run", "parity", "matrix"])
 def test_every_command_has_help(name):
     answer = command(name, "--help")
     assert answer.exit_code == 0

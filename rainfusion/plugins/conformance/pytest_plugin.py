@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in matching:
             if not _is_about(xfail, item, config):
                 continue
-            item.add_marker(pytest.mark.xfail(reason=f"{xfail.reason} ({xfail.issue})", strict=True))
+            item.add_marker(pytest.mark.xfail(reason=xfail.said, strict=True))
 
 
 def _is_of_the_kit(item: pytest.Item) -> bool:

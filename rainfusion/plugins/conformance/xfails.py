@@ -33,6 +33,11 @@ class Xfail:
     issue: str
     device: str = "*"
 
+    @property
+    def said(self) -> str:
+        """Reason and issue, as reports give them."""
+        return f"{self.reason} ({self.issue})"
+
     def matches(self, name: str) -> bool:
         """Whether it is about the test of that name, such as ``test_attend[video-f32]``."""
         return _is_like(self.test, name)

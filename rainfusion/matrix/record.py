@@ -1,0 +1,135 @@
+"""Record a target on this machine: ``python -m rainfusion.matrix.record torch-h100``.
+
+Runs the conformance kit on the target's device, then its benchmark, and writes both to
+``hw_matrix/results/<target>.json``. Needs pytest and what the backend needs, not the command line's packages; a
+checkout that is not installed will do (``PYTHONPATH=.``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rainfusion import __version__
+from rainfusion.core.errors import RainfusionError
+from rainfusion.matrix.records import misfits, read_record
+from rainfusion.matrix.targets import HARDWARE, MatrixError, Target, read_targets, read_toml
+from rainfusion.plugins.conformance.report import as_lines
+from rainfusion.plugins.conformance.target import STAND_IN
+
+_ROOT = Path(__file__).parents[2]
+_REFUSED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Record a target; the kit's exit status, 2 where there is nothing to record."""
+    args = _parser().parse_args(arguments)
+    try:
+        return record(args.target, args.folder, args.device, huge=args.huge, benchmark=args.benchmark)
+    except RainfusionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _REFUSED
+
+
+def record(name: str, folder: Path, device: str | None, *, huge: bool, benchmark: bool) -> int:
+    """Run the kit and the benchmark of a target, and write the record if this machine is that target.
+
+    Raises:
+        MatrixError: no such target, this machine is another one, or the benchmark failed.
+    """
+    targets = read_targets(folder / "targets.toml")[1]
+    if name not in targets or isinstance(targets[name].unsupported, str):
+        can = ", ".join(key for key, target in targets.items() if not isinstance(target.unsupported, str))
+        raise MatrixError(f"{name!r} is no target to record; list it in targets.toml, or choose one of {can}")
+    target = targets[name]
+    with TemporaryDirectory() as scratch:
+        environ = {**os.environ, **_environ(target), **_as_if_installed(Path(scratch))}
+        made = Path(scratch, f"{name}.json")
+        status = _kit(target, folder, device or target.device, made, environ, huge=huge)
+        if not made.exists():
+            raise MatrixError("the conformance kit wrote no report; its output above says why")
+        found = list(misfits(read_record(made), target))
+        if found:
+            raise MatrixError(f"this is not {name}, nothing was written: {'; '.join(found)}")
+        document = json.loads(made.read_text(encoding="utf-8"))
+        if benchmark and target.benchmark:
+            document["benchmark"] = _benchmark(target, Path(scratch, "benchmark.json"), environ)
+    path = folder / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(as_lines(document) + "\n", encoding="utf-8")
+    print(f"wrote {path}; now: rainfusion matrix", flush=True)
+    return status
+
+
+def _kit(target: Target, folder: Path, device: str, report: Path, environ: Mapping[str, str], *, huge: bool) -> int:
+    xfails = folder / "xfails" / f"{target.backend}.toml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--pyargs",
+        "rainfusion.plugins.conformance",
+    ]
+    command += [f"--rainfusion-backend={target.backend}", f"--rainfusion-device={device}"]
+    command += [f"--rainfusion-report={report}", *["--rainfusion-huge"] * huge]
+    command += [f"--rainfusion-xfails={xfails.resolve()}"] * xfails.exists()
+    return subprocess.run(command, env=environ, cwd=report.parent, check=False).returncode
+
+
+def _benchmark(target: Target, file: Path, environ: Mapping[str, str]) -> Any:
+    script, *arguments = target.benchmark
+    command = [sys.executable, str(_ROOT / script), *arguments, "--json", str(file)]
+    if subprocess.run(command, env=environ, check=False).returncode or not file.exists():
+        raise MatrixError(f"the benchmark {script} failed; mend it, or leave it out with --no-benchmark")
+    return {"script": " ".join(target.benchmark), **json.loads(file.read_text(encoding="utf-8"))}
+
+
+def _environ(target: Target) -> dict[str, str]:
+    """What the target asks for, and the name of what stands in for its hardware."""
+    stand_in = {} if target.chip.evidence == HARDWARE else {STAND_IN: target.chip.name}
+    return {**target.environ, **stand_in}
+
+
+def _as_if_installed(scratch: Path) -> dict[str, str]:
+    """Where this checkout is not installed, its entry points, laid beside it on the path as an installer does."""
+    try:
+        distribution("rainfusion")
+        return {}
+    except PackageNotFoundError:
+        metadata = scratch / f"rainfusion-{__version__}.dist-info"
+    project = read_toml(_ROOT / "pyproject.toml")["project"]
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: rainfusion\nVersion: {__version__}\n")
+    lines = [
+        line
+        for group, entries in project["entry-points"].items()
+        for line in (f"[{group}]", *(f"{name} = {value}" for name, value in entries.items()))
+    ]
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    path = [str(_ROOT), str(scratch), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rainfusion.matrix.record", description=__doc__)
+    parser.add_argument("target", help="backend and chip, such as torch-h100; listed in targets.toml")
+    parser.add_argument("--folder", type=Path, default=_ROOT / "hw_matrix", help="of the matrix (default: %(default)s)")
+    parser.add_argument("--device", help="address of the device (default: the first of the target's type)")
+    parser.add_argument("--huge", action="store_true", help="also tensors of 2**31 elements: 22 GB on an accelerator")
+    parser.add_argument("--no-benchmark", dest="benchmark", action="store_false", help="leave the benchmark out")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
