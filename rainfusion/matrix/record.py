@@ -12,7 +12,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,62 +44,77 @@ def record(name: str, folder: Path, device: str | None, *, huge: bool, benchmark
     """Run the kit and the benchmark of a target, and write the record if this machine is that target.
 
     Raises:
-        MatrixError: no such target, this machine is another one, or the benchmark failed.
+        MatrixError: no such target, this machine is another one, or the kit wrote no report.
     """
     targets = read_targets(folder / "targets.toml")[1]
     if name not in targets or isinstance(targets[name].unsupported, str):
         can = ", ".join(key for key, target in targets.items() if not isinstance(target.unsupported, str))
         raise MatrixError(f"{name!r} is no target to record; list it in targets.toml, or choose one of {can}")
-    target = targets[name]
     with TemporaryDirectory() as scratch:
-        environ = {**os.environ, **_environ(target), **_as_if_installed(Path(scratch))}
-        made = Path(scratch, f"{name}.json")
-        status = _kit(target, folder, device or target.device, made, environ, huge=huge)
-        if not made.exists():
-            raise MatrixError("the conformance kit wrote no report; its output above says why")
-        found = list(misfits(read_record(made), target))
+        return _Session(targets[name], folder, device, Path(scratch)).record(huge=huge, benchmark=benchmark)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One target on this machine, with a folder for what is not kept."""
+
+    target: Target
+    folder: Path
+    device: str | None
+    scratch: Path
+
+    def record(self, *, huge: bool, benchmark: bool) -> int:
+        """Record, after a first look at the machine: its claims take seconds, all cases minutes."""
+        self._refuse_another_machine()
+        status, report = self._kit(*["--rainfusion-huge"] * huge)
+        document = json.loads(report.read_text(encoding="utf-8"))
+        if benchmark and self.target.benchmark:
+            measured = self._benchmark()
+            document |= {"benchmark": measured} if measured else {}
+            status = status if measured else 1
+        path = self.folder / "results" / f"{self.target.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(as_lines(document) + "\n", encoding="utf-8")
+        print(f"wrote {path}; now: rainfusion matrix", flush=True)
+        return status
+
+    def _refuse_another_machine(self) -> None:
+        status, report = self._kit("-k", "test_contract_claims")
+        if status:
+            raise MatrixError("the backend finds no such device, or claims nonsense; the output above says which")
+        found = list(misfits(read_record(report), self.target))
         if found:
-            raise MatrixError(f"this is not {name}, nothing was written: {'; '.join(found)}")
-        document = json.loads(made.read_text(encoding="utf-8"))
-        if benchmark and target.benchmark:
-            document["benchmark"] = _benchmark(target, Path(scratch, "benchmark.json"), environ)
-    path = folder / "results" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(as_lines(document) + "\n", encoding="utf-8")
-    print(f"wrote {path}; now: rainfusion matrix", flush=True)
-    return status
+            raise MatrixError(f"this is not {self.target.name}, nothing was written: {'; '.join(found)}")
 
+    def _kit(self, *options: str) -> tuple[int, Path]:
+        """Run the conformance kit; its exit status and report."""
+        target, report = self.target, self.scratch / "report.json"
+        report.unlink(missing_ok=True)
+        xfails = self.folder.resolve() / "xfails" / f"{target.backend}.toml"
+        command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider"]
+        command += ["--pyargs", "rainfusion.plugins.conformance"]
+        command += [f"--rainfusion-backend={target.backend}", f"--rainfusion-device={self.device or target.device}"]
+        command += [f"--rainfusion-report={report}", *options]
+        command += [f"--rainfusion-xfails={xfails}"] * xfails.exists()
+        status = subprocess.run(command, env=self._environ(), cwd=self.scratch, check=False).returncode
+        if not report.exists():
+            raise MatrixError("the conformance kit wrote no report; its output above says why")
+        return status, report
 
-def _kit(target: Target, folder: Path, device: str, report: Path, environ: Mapping[str, str], *, huge: bool) -> int:
-    xfails = folder / "xfails" / f"{target.backend}.toml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--pyargs",
-        "rainfusion.plugins.conformance",
-    ]
-    command += [f"--rainfusion-backend={target.backend}", f"--rainfusion-device={device}"]
-    command += [f"--rainfusion-report={report}", *["--rainfusion-huge"] * huge]
-    command += [f"--rainfusion-xfails={xfails.resolve()}"] * xfails.exists()
-    return subprocess.run(command, env=environ, cwd=report.parent, check=False).returncode
+    def _benchmark(self) -> dict[str, Any] | None:
+        """What the target's benchmark measured; None where it failed."""
+        file = self.scratch / "benchmark.json"
+        script, *arguments = self.target.benchmark
+        command = [sys.executable, str(_ROOT / script), *arguments, "--json", str(file)]
+        if subprocess.run(command, env=self._environ(), check=False).returncode:
+            print(f"the benchmark {script} failed; the record has no ratios", file=sys.stderr)
+            return None
+        return {"script": " ".join(self.target.benchmark), **json.loads(file.read_text(encoding="utf-8"))}
 
-
-def _benchmark(target: Target, file: Path, environ: Mapping[str, str]) -> Any:
-    script, *arguments = target.benchmark
-    command = [sys.executable, str(_ROOT / script), *arguments, "--json", str(file)]
-    if subprocess.run(command, env=environ, check=False).returncode or not file.exists():
-        raise MatrixError(f"the benchmark {script} failed; mend it, or leave it out with --no-benchmark")
-    return {"script": " ".join(target.benchmark), **json.loads(file.read_text(encoding="utf-8"))}
-
-
-def _environ(target: Target) -> dict[str, str]:
-    """What the target asks for, and the name of what stands in for its hardware."""
-    stand_in = {} if target.chip.evidence == HARDWARE else {STAND_IN: target.chip.name}
-    return {**target.environ, **stand_in}
+    def _environ(self) -> dict[str, str]:
+        """What the target asks for, and the name of what stands in for its hardware."""
+        stand_in = {} if self.target.chip.evidence == HARDWARE else {STAND_IN: self.target.chip.name}
+        return {**os.environ, **self.target.environ, **stand_in, **_as_if_installed(self.scratch)}
 
 
 def _as_if_installed(scratch: Path) -> dict[str, str]:
@@ -109,7 +125,7 @@ def _as_if_installed(scratch: Path) -> dict[str, str]:
     except PackageNotFoundError:
         metadata = scratch / f"rainfusion-{__version__}.dist-info"
     project = read_toml(_ROOT / "pyproject.toml")["project"]
-    metadata.mkdir()
+    metadata.mkdir(exist_ok=True)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: rainfusion\nVersion: {__version__}\n")
     lines = [
         line
@@ -122,7 +138,11 @@ def _as_if_installed(scratch: Path) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m rainfusion.matrix.record", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m rainfusion.matrix.record",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("target", help="backend and chip, such as torch-h100; listed in targets.toml")
     parser.add_argument("--folder", type=Path, default=_ROOT / "hw_matrix", help="of the matrix (default: %(default)s)")
     parser.add_argument("--device", help="address of the device (default: the first of the target's type)")
