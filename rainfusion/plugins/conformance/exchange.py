@@ -39,6 +39,9 @@ ORACLE_RTOL = 2.0**-30
 SKETCH_FACTOR, SKETCH_RTOL = 1.5, 2.0**-48
 """Room for the estimate of a sketch, and for the rounding of its sums."""
 
+TOLERANCE_FACTOR = 4.0
+"""How much more one report may allow than the other: float32 semantics on two processors."""
+
 _MOST_BYTES = 256 << 20
 _MOST_PAIRS = 1 << 24
 
@@ -174,23 +177,32 @@ def read_report(path: Path) -> Report:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["rainfusion_parity"] != PARITY_VERSION:
             raise ValueError(f"format {record['rainfusion_parity']!r}; this rainfusion reads {PARITY_VERSION}")
-        side, cpu = record["backend"], record["environment"]["cpu"]
-        where = side["device_name"] if cpu in side["device_name"] else f"{side['device_name']}, {cpu}"
-        imitated = f", imitated by {side['stand_in']}" if side["stand_in"] else ""
-        who = f"{side['backend']} on {side['device']} ({where}{imitated})"
-        return Report(who, int(record["kit"]), {str(entry["case"]): _read(entry) for entry in record["cases"]})
+        cases = {_text(entry["case"]): _read(entry) for entry in record["cases"]}
+        return Report(_who(record["backend"], record["environment"]), int(record["kit"]), cases)
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ReportError(
             f"{path} is not a parity report ({said}); write one with rainfusion parity --report"
         ) from error
 
 
+def _who(side: dict[str, Any], environment: dict[str, Any]) -> str:
+    device, cpu = _text(side["device_name"]), _text(environment["cpu"])
+    where = device if cpu in device else f"{device}, {cpu}"
+    imitated = f", imitated by {_text(side['stand_in'])}" if side["stand_in"] else ""
+    return f"{_text(side['backend'])} on {_text(side['device'])} ({where}{imitated})"
+
+
+def _text(value: Any) -> str:
+    """Text that is safe to print."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value)[:300])
+
+
 def _read(entry: dict[str, Any]) -> Entry | str:
     if entry.get("refused"):
-        return str(entry["refused"])
+        return _text(entry["refused"])
     seen = entry["evidence"]
     shape = None if seen["pairs"] is None else tuple(int(n) for n in seen["pairs"])
     if shape is not None and (len(shape) != 4 or min(shape) < 1 or math.prod(shape) > _MOST_PAIRS):
@@ -297,8 +309,10 @@ def _compare(name: str, a: Entry | str, b: Entry | str) -> Agreement:
     if isinstance(a, str) or isinstance(b, str):
         said = dict.fromkeys(reason for reason in (a, b) if isinstance(reason, str))
         return Agreement(name, None, "; ".join(said))
-    if a.elements != b.elements or not _same(a.mask, b.mask):
+    if not _same(a.mask, b.mask):
         return Agreement(name, None, "the two oracles choose other blocks, so the outputs stand under different masks")
+    if a.elements != b.elements:
+        return Agreement(name, False, "the outputs are of different sizes")
     problems = [problem for i, x in enumerate((a, b)) for problem in _own_problems(("first", "second")[i], x)]
     problems += _problems_between(a, b)
     return Agreement(
@@ -333,7 +347,11 @@ def _problems_between(a: Entry, b: Entry) -> Iterator[str]:
         yield "NaN or infinity stand elsewhere"
     if rms_difference(a.out, b.out, a.elements) > SKETCH_FACTOR * (a.error + b.error) + _rounding(a):
         yield "the outputs are farther apart than both errors allow"
+    if max(a.allowed, b.allowed) > TOLERANCE_FACTOR * min(a.allowed, b.allowed):
+        yield f"one allows an error of {a.allowed:.3g}, the other of {b.allowed:.3g}: that is not one rule"
     if a.selected is None or b.selected is None:
+        if a.selected is not b.selected:
+            yield "only one report has the mask that its backend selects"
         return
     open_pairs = np.zeros(a.selected.shape, bool)
     for x in (a, b):

@@ -26,7 +26,7 @@ def sketch(x: np.ndarray) -> list[float]:
 
 def rms_difference(a: Sequence[float], b: Sequence[float], elements: int) -> float:
     """Estimated root mean square difference of two arrays of that many elements, from their sketches."""
-    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / (len(a) * elements))
+    return math.dist(a, b) / math.sqrt(len(a) * elements)
 
 
 def pattern(x: np.ndarray) -> str:
