@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rainfusion.matrix.matrix import Matrix
 from rainfusion.matrix.page import page
-from rainfusion.matrix.records import BAD, Record, misfits, staleness
+from rainfusion.matrix.records import BAD, Record, misfits
 
 
 def complaints(matrix: Matrix) -> list[str]:
@@ -24,7 +24,7 @@ def _about(record: Record, matrix: Matrix) -> Iterator[str]:
     again = f"record it again (python -m rainfusion.matrix.record {record.name}) or delete it"
     for misfit in misfits(record, matrix.targets[record.name]):
         yield f"{file} does not fit its target: {misfit}"
-    stale = staleness(record, matrix.revisions[record.suite["backend"]])
+    stale = matrix.staleness(record)
     if stale:
         yield f"{file} is out of date: {stale}; {again}, and the table says so"
     commit = record.environment["commit"]

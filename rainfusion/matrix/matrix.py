@@ -86,12 +86,17 @@ class Matrix:
             return Cell(Status.UNSUPPORTED)
         for name in (target.name, target.stand_in):
             if name in self.records:
-                return self._judge(self.records[name], self.targets[name].chip, dtype)
+                return self._judge(self.records[name], dtype)
         return Cell(Status.NOT_RUN)
 
-    def _judge(self, record: Record, chip: Chip, dtype: str) -> Cell:
+    def staleness(self, record: Record) -> str:
+        """Why a record is out of date, in the light of the code here; empty where it is not."""
+        return staleness(record, self.revisions[self.targets[record.name].backend])
+
+    def _judge(self, record: Record, dtype: str) -> Cell:
+        chip = self.targets[record.name].chip
         by = "" if chip.evidence == HARDWARE else chip.name
-        if staleness(record, self.revisions[record.suite["backend"]]):
+        if self.staleness(record):
             return Cell(Status.OUT_OF_DATE, by)
         tests = record.about(dtype)
         if any(test["outcome"] in BAD for test in tests):
