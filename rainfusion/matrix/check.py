@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rainfusion.matrix.matrix import Matrix
 from rainfusion.matrix.page import page
-from rainfusion.matrix.records import BAD, Record, misfits
+from rainfusion.matrix.records import BAD, Record, misfits, untraceable
 
 
 def complaints(matrix: Matrix) -> list[str]:
@@ -27,9 +27,9 @@ def _about(record: Record, matrix: Matrix) -> Iterator[str]:
     stale = matrix.staleness(record)
     if stale:
         yield f"{file} is out of date: {stale}; {again}, and the table says so"
-    commit = record.environment["commit"]
-    if not commit or commit.endswith("-dirty"):
-        yield f"{file} was made of code that no commit has ({commit}); commit it, then {again}"
+    unknown = untraceable(record)
+    if unknown:
+        yield f"{file} cannot be traced: {unknown}, then {again}"
     failed = [test["test"] for test in record.tests if test["outcome"] in BAD]
     if failed:
         yield (

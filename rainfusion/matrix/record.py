@@ -21,7 +21,7 @@ from typing import Any
 
 from rainfusion import __version__
 from rainfusion.core.errors import RainfusionError
-from rainfusion.matrix.records import misfits, read_record
+from rainfusion.matrix.records import misfits, read_record, untraceable
 from rainfusion.matrix.targets import HARDWARE, MatrixError, Target, read_targets, read_toml
 from rainfusion.plugins.conformance.report import as_lines
 from rainfusion.plugins.conformance.target import STAND_IN
@@ -44,7 +44,7 @@ def record(name: str, folder: Path, device: str | None, *, huge: bool, benchmark
     """Run the kit and the benchmark of a target, and write the record if this machine is that target.
 
     Raises:
-        MatrixError: no such target, this machine is another one, or the kit wrote no report.
+        MatrixError: no such target, this machine is another one, no commit has this code, or the kit wrote no report.
     """
     targets = read_targets(folder / "targets.toml")[1]
     if name not in targets or isinstance(targets[name].unsupported, str):
@@ -64,8 +64,8 @@ class _Session:
     scratch: Path
 
     def record(self, *, huge: bool, benchmark: bool) -> int:
-        """Record, after a first look at the machine: its claims take seconds, all cases minutes."""
-        self._refuse_another_machine()
+        """Record, after a first look that takes seconds: all cases take minutes."""
+        self._look()
         status, report = self._kit(*["--rainfusion-huge"] * huge)
         document = json.loads(report.read_text(encoding="utf-8"))
         if benchmark and self.target.benchmark:
@@ -78,13 +78,18 @@ class _Session:
         print(f"wrote {path}; now: rainfusion matrix", flush=True)
         return status
 
-    def _refuse_another_machine(self) -> None:
+    def _look(self) -> None:
+        """Refuse another machine, and code that nobody could find again."""
         status, report = self._kit("-k", "test_contract_claims")
         if status:
             raise MatrixError("the backend finds no such device, or claims nonsense; the output above says which")
-        found = list(misfits(read_record(report), self.target))
+        look = read_record(report)
+        found = list(misfits(look, self.target))
         if found:
             raise MatrixError(f"this is not {self.target.name}, nothing was written: {'; '.join(found)}")
+        unknown = untraceable(look)
+        if unknown:
+            raise MatrixError(f"the record could not be traced, nothing was written: {unknown}")
 
     def _kit(self, *options: str) -> tuple[int, Path]:
         """Run the conformance kit; its exit status and report."""

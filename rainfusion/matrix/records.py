@@ -112,6 +112,14 @@ def misfits(record: Record, target: Target) -> Iterator[str]:
             yield f"it claims {name} {_words(claims[name])}, targets.toml says {_words(ours)}; correct one of them"
 
 
+def untraceable(record: Record) -> str:
+    """Why nobody can tell which code a record was made of; empty where a commit says it."""
+    commit = record.environment["commit"]
+    if not commit:
+        return "it was made of files without their history; say which commit they are of in RAINFUSION_COMMIT"
+    return f"it was made of code that no commit has ({commit}); commit it first" if commit.endswith("-dirty") else ""
+
+
 def staleness(record: Record, revision: int | None) -> str:
     """Why a record is out of date, in the light of the backend's revision today; empty where it is not."""
     if revision is None:

@@ -212,7 +212,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(revision=2), "out of date: it was made at revision 2 of the backend, which is at 3; record it again"),
         (changed(kit=0), "out of date: it was made at revision 0 of the conformance kit"),
         (changed(commit="abc-dirty"), "made of code that no commit has (abc-dirty)"),
-        (changed(commit=None), "made of code that no commit has (None)"),
+        (changed(commit=None), "say which commit they are of in RAINFUSION_COMMIT"),
         (changed(backend="other"), "it is of backend 'other'"),
         (changed(device="cpu"), "it ran on 'cpu', the target is a 'acme' device"),
         (changed(device_name="Other Card"), "calls itself 'Other Card', which is not like 'Acme Card*'"),

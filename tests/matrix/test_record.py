@@ -39,6 +39,7 @@ dtypes = ["float16", "bfloat16", "float32", "float64"]
 {more}
 """
 FEW = "-k ragged_row-bf16"
+HEAVY = "torch,triton,torch_npu,openvino"
 
 
 @pytest.fixture
@@ -49,10 +50,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def record(folder: Path, target: str) -> subprocess.CompletedProcess[str]:
+def record(folder: Path, target: str, commit: str = "abc") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "rainfusion.matrix.record", target, "--folder", str(folder)],
-        env={**os.environ, "PYTEST_ADDOPTS": FEW, "RAINFUSION_DISABLED_PLUGINS": "torch,triton,torch_npu,openvino"},
+        env={**os.environ, "PYTEST_ADDOPTS": FEW, "RAINFUSION_DISABLED_PLUGINS": HEAVY, "RAINFUSION_COMMIT": commit},
         capture_output=True,
         text=True,
         check=False,
@@ -82,6 +83,13 @@ def test_known_failures_are_passed_on_and_a_stale_one_fails(folder: Path) -> Non
     assert record(folder, "reference-here").returncode == 1
     (suite,) = json.loads((folder / "results" / "reference-here.json").read_text())["suites"]
     assert suite["outcomes"] == {"passed": 2, "failed": 1}
+
+
+def test_code_that_no_commit_has_is_not_recorded(folder: Path) -> None:
+    done = record(folder, "reference-here", commit="abc-dirty")
+    assert done.returncode == 2
+    assert "made of code that no commit has (abc-dirty); commit it first" in done.stderr
+    assert not (folder / "results").exists()
 
 
 @pytest.mark.parametrize(
