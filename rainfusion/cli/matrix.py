@@ -62,7 +62,7 @@ def _overview(read: Matrix) -> Any:
     table = Table("target", "hardware", "what is known", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
     for name, target in read.targets.items():
-        table.add_row(name, f"{target.chip.vendor} {target.chip.name}", summary(read, target))
+        table.add_row(name, target.chip.title, summary(read, target))
     return table
 
 

@@ -60,7 +60,7 @@ def _overview(matrix: Matrix) -> Iterator[str]:
         of_chip = {target.backend: target for target in matrix.targets.values() if target.chip is chip}
         if of_chip and chip.evidence == HARDWARE:
             cells = [summary(matrix, of_chip[b]) if b in of_chip else "" for b in matrix.backends]
-            rows.append((f"{chip.vendor} {chip.name}", chip.architecture, *cells))
+            rows.append((chip.title, chip.architecture, *cells))
     yield from _table(("hardware", "architecture", *(f"`{backend}`" for backend in matrix.backends)), rows)
     yield "\nAn empty cell: the backend does not lower to that hardware. f64, f32, f16, bf16 are dtypes of q, k and v."
 
@@ -130,7 +130,7 @@ def _reasons(matrix: Matrix) -> Iterator[str]:
             if why := target.why_not(dtype):
                 what = "all" if isinstance(target.unsupported, str) else short
                 chips = reasons.setdefault((target.backend, what, why), [])
-                chips += [target.chip.name] if target.chip.name not in chips else []
+                chips += [target.chip.title] if target.chip.title not in chips else []
     rows = [(f"`{backend}`", "; ".join(chips), what, why) for (backend, what, why), chips in reasons.items()]
     yield from _table(("backend", "hardware", "dtype", "why"), rows)
     yield "\n## Known failures\n"
@@ -144,16 +144,13 @@ def _reasons(matrix: Matrix) -> Iterator[str]:
     yield "Whoever has the hardware fills in a row with one command (`hw_matrix/README.md`):\n"
     for name, target in matrix.targets.items():
         if name not in matrix.records and not isinstance(target.unsupported, str):
-            yield f"- {target.chip.name}, {target.runtime}: `python -m rainfusion.matrix.record {name}`"
+            yield f"- {target.chip.title}, {target.runtime}: `python -m rainfusion.matrix.record {name}`"
 
 
 def _chips(matrix: Matrix) -> Iterator[str]:
     yield "## The hardware\n"
     yield "Dense peaks in TFLOP/s and memory bandwidth in TB/s, by the vendor's documents.\n"
-    rows = [
-        (f"`{chip.key}`", f"{chip.vendor} {chip.name}", chip.architecture, *_figures(chip))
-        for chip in matrix.chips.values()
-    ]
+    rows = [(f"`{chip.key}`", chip.title, chip.architecture, *_figures(chip)) for chip in matrix.chips.values()]
     yield from _table(("chip", "hardware", "architecture", "peak", "bandwidth", "source"), rows)
 
 

@@ -62,14 +62,19 @@ class Chip:
     """
 
     key: str
-    vendor: str
     name: str
     architecture: str
+    vendor: str = ""
     recognise: tuple[str, ...] = ()
     evidence: str = HARDWARE
     tflops: Mapping[str, float] = field(default_factory=dict)
     bandwidth: float | None = None
     source: str = ""
+
+    @property
+    def title(self) -> str:
+        """Vendor and name."""
+        return f"{self.vendor} {self.name}".strip()
 
     def is_called(self, name: str) -> bool:
         """Whether a device of that name is this chip."""

@@ -27,13 +27,11 @@ bandwidth = 2.0
 source = "Acme data sheet"
 
 [chips.interpreter]
-vendor = "Acme"
 name = "Acme's interpreter"
 architecture = "a CPU"
 evidence = "emulated"
 
 [chips.libraries]
-vendor = "Acme"
 name = "stand-in libraries"
 architecture = "a CPU"
 evidence = "contract"
@@ -253,7 +251,7 @@ def test_a_stale_table_and_a_stale_known_failure(read: Read) -> None:
         ("bandwidth", "speed", "chip card: speed is not known"),
         ('source = "Acme data sheet"', "", "chip card has figures without a source"),
         ('evidence = "contract"', 'evidence = "hope"', "chip libraries has evidence 'hope'"),
-        ('vendor = "Other"', "", "chip toaster lacks vendor"),
+        ('name = "Toaster"', "", "chip toaster lacks name"),
         ('chip = "toaster"', 'chip = "kettle"', "target acme-kettle names no chip"),
         ('chip = "toaster"', 'chip = "card"', "target acme-card is listed twice"),
         ('float64 = "the card has none"', "", "float64 must be either in dtypes or, with a reason, in unsupported"),
