@@ -151,9 +151,9 @@ def _compare_files(a: Path, b: Path, pattern: str, as_json: bool) -> bool:
 def _print_compared(first: str, second: str, found: Sequence[Agreement], alone: int) -> None:
     from rainfusion.cli.console import stdout
 
-    columns = ("apart at most", "allowed", "apart (rms)", "lse at most", "same mask", "same bits")
+    columns = ("apart at most", "allowed", "relative", "apart (rms)", "lse at most", "same mask", "same bits")
     rows = [
-        (x.case, x.ok, f"{x.bound:.1e}", f"{x.allowed:.1e}", f"{x.rms:.1e}", _lse(x.lse), _share(x), _yes(x.same_bits))
+        (x.case, x.ok, *(f"{y:.1e}" for y in (x.bound, x.allowed, x.relative, x.rms)), _lse(x.lse), _share(x), _yes(x))
         for x in found
         if x.ok is not None
     ]
@@ -213,5 +213,5 @@ def _share(x: CaseComparison | Agreement) -> str:
     return "-" if x.mask_agreement is None else f"{x.mask_agreement:.2%}"
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+def _yes(x: Agreement) -> str:
+    return "yes" if x.same_bits else "no"

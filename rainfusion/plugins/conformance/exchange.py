@@ -135,6 +135,7 @@ class Entry:
     seed: int
     elements: int
     error: float
+    relative: float
     allowed: float
     lse_error: float | None
     lse_allowed: float
@@ -212,6 +213,7 @@ def _read(entry: dict[str, Any]) -> Entry | str:
         seed=int(entry["seed"]),
         elements=max(1, int(seen["elements"])),
         error=_number(seen["error"]),
+        relative=_number(seen["relative"]),
         allowed=_number(seen["allowed"]),
         lse_error=None if seen["lse_error"] is None else _number(seen["lse_error"]),
         lse_allowed=_number(seen["lse_allowed"]),
@@ -255,7 +257,9 @@ class Agreement:
     Attributes:
         ok: whether they agree; None where one of them does not claim the case.
         why: what speaks against it.
-        bound: the outputs differ by no more, at any element: the sum of both errors against the oracle.
+        bound: the outputs differ by no more, at any element: the sum of both errors against the oracle, and how far
+            the two machines' oracles are apart (nothing, seen from any dtype but float64).
+        relative: the same as a share of the largest value.
         allowed: largest allowed `bound`.
         rms: estimated root mean square difference of the outputs.
         lse: bound of the log-sum-exp's difference; None where one of them does not claim it.
@@ -267,6 +271,7 @@ class Agreement:
     ok: bool | None
     why: str = ""
     bound: float = 0.0
+    relative: float = 0.0
     allowed: float = 0.0
     rms: float = 0.0
     lse: float | None = None
@@ -319,7 +324,8 @@ def _compare(name: str, a: Entry | str, b: Entry | str) -> Agreement:
         name,
         ok=not problems,
         why="; ".join(problems),
-        bound=a.error + b.error,
+        bound=a.error + b.error + rms_difference(a.oracle, b.oracle, a.elements),
+        relative=a.relative + b.relative,
         allowed=a.allowed + b.allowed,
         rms=rms_difference(a.out, b.out, a.elements),
         lse=None if a.lse_error is None or b.lse_error is None else a.lse_error + b.lse_error,

@@ -2,8 +2,8 @@
 
 Each number is the sum of the array's elements under random signs, the same signs for everybody. For two arrays the
 squares of the differences of these sums have the squared length of the difference as their mean (the sketch of
-Alon, Matias and Szegedy, 1996), so `SIZE` of them estimate the root mean square difference within about an eighth,
-over every element, and nobody sends the array.
+Alon, Matias and Szegedy, 1996), so `SIZE` of them estimate the root mean square difference over every element,
+typically within an eighth, and nobody sends the array.
 """
 
 from __future__ import annotations
