@@ -14,8 +14,8 @@ import typer
 from rainfusion.cli.arguments import JSON
 
 if TYPE_CHECKING:
+    from rainfusion.plugins.conformance.agreement import Agreement
     from rainfusion.plugins.conformance.cases import Case
-    from rainfusion.plugins.conformance.exchange import Agreement
     from rainfusion.plugins.conformance.parity import CaseComparison
 
 DISAGREED = 1
@@ -134,7 +134,8 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 def _compare_files(a: Path, b: Path, pattern: str, as_json: bool) -> bool:
     from rainfusion.cli.console import print_json, stderr
-    from rainfusion.plugins.conformance.exchange import compare_reports, read_report
+    from rainfusion.plugins.conformance.agreement import compare_reports
+    from rainfusion.plugins.conformance.exchange import read_report
 
     first, second = (read_report(path).only(lambda name: fnmatchcase(name, pattern)) for path in (a, b))
     if first.who == second.who:

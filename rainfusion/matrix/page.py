@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rainfusion.core.problem import DTYPES
 from rainfusion.matrix.matrix import Matrix, Status
-from rainfusion.matrix.records import Record
+from rainfusion.matrix.records import Record, words
 from rainfusion.matrix.targets import HARDWARE, Chip, Target
 from rainfusion.plugins.conformance.cases import builtin_cases
 
@@ -33,7 +33,15 @@ _MEANINGS = {
 
 def page(matrix: Matrix) -> str:
     """The whole page."""
-    sections = (_signs(), _overview(matrix), _evidence(matrix), _speed(matrix), _reasons(matrix), _chips(matrix))
+    sections = (
+        _signs(),
+        _overview(matrix),
+        _evidence(matrix),
+        _speed(matrix),
+        _takes(matrix),
+        _reasons(matrix),
+        _chips(matrix),
+    )
     return _HEAD + "\n".join("\n".join(section) + "\n" for section in map(list, sections) if section)
 
 
@@ -122,16 +130,29 @@ def _speed(matrix: Matrix) -> list[str]:
     return ["## Speed\n", told, *_table(("record", "problem", "dtype", "ratio", "baseline"), rows)]
 
 
+def _takes(matrix: Matrix) -> Iterator[str]:
+    yield "## What it takes\n"
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for target in matrix.targets.values():
+        if not isinstance(target.unsupported, str):
+            shapes = (words(target.blocks), words(target.head_dims))
+            groups.setdefault((f"`{target.backend}`", target.runtime, *shapes), []).append(target.chip.title)
+    rows = [(backend, "; ".join(chips), *rest) for (backend, *rest), chips in groups.items()]
+    yield from _table(("backend", "hardware", "driver, runtime", "blocks", "head dims"), rows)
+
+
 def _reasons(matrix: Matrix) -> Iterator[str]:
     yield "## What is not supported, and why\n"
-    reasons: dict[tuple[str, str, str], list[str]] = {}
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for target in matrix.targets.values():
+        reasons: dict[str, list[str]] = {}
         for dtype, short in DTYPES.items():
             if why := target.why_not(dtype):
-                what = "all" if isinstance(target.unsupported, str) else short
-                chips = reasons.setdefault((target.backend, what, why), [])
-                chips += [target.chip.title] if target.chip.title not in chips else []
-    rows = [(f"`{backend}`", "; ".join(chips), what, why) for (backend, what, why), chips in reasons.items()]
+                reasons.setdefault(why, []).append(short)
+        for why, dtypes in reasons.items():
+            what = "all" if len(dtypes) == len(DTYPES) else ", ".join(dtypes)
+            groups.setdefault((target.backend, what, why), []).append(target.chip.title)
+    rows = [(f"`{backend}`", "; ".join(chips), what, why) for (backend, what, why), chips in groups.items()]
     yield from _table(("backend", "hardware", "dtype", "why"), rows)
     yield "\n## Known failures\n"
     known = [

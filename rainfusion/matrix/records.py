@@ -109,7 +109,7 @@ def misfits(record: Record, target: Target) -> Iterator[str]:
     claims = suite["capabilities"]
     for name, ours in (("dtypes", target.dtypes), ("blocks", target.blocks), ("head_dims", target.head_dims)):
         if _plain(ours) != _plain(claims[name]):
-            yield f"it claims {name} {_words(claims[name])}, targets.toml says {_words(ours)}; correct one of them"
+            yield f"it claims {name} {words(claims[name])}, targets.toml says {words(ours)}; correct one of them"
 
 
 def untraceable(record: Record) -> str:
@@ -137,6 +137,7 @@ def _plain(value: Any) -> Any:
     return sorted(tuple(x) if isinstance(x, list | tuple) else x for x in value)
 
 
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
+    """Claimed dtypes, blocks or head dims as people read them."""
     plain = _plain(value)
     return ANY if plain is None else ", ".join("x".join(map(str, x)) if isinstance(x, tuple) else str(x) for x in plain)

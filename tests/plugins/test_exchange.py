@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rainfusion.plugins.conformance import sketch
+from rainfusion.plugins.conformance.agreement import Agreement, compare_reports
 from rainfusion.plugins.conformance.cases import every_case
-from rainfusion.plugins.conformance.exchange import Agreement, ReportError, compare_reports, read_report, report_of
+from rainfusion.plugins.conformance.exchange import ReportError, read_report, report_of
 from rainfusion.plugins.conformance.parity import compare_case
 from rainfusion.plugins.conformance.target import find_target
 
