@@ -117,16 +117,17 @@ class _Session:
         return {"script": " ".join(self.target.benchmark), **json.loads(file.read_text(encoding="utf-8"))}
 
     def _environ(self) -> dict[str, str]:
-        """What the target asks for, and the name of what stands in for its hardware."""
+        """What the target asks for, the name of what stands in for its hardware, and this very package."""
         stand_in = {} if self.target.chip.evidence == HARDWARE else {STAND_IN: self.target.chip.name}
-        return {**os.environ, **self.target.environ, **stand_in, **_as_if_installed(self.scratch)}
+        path = [str(_ROOT), *_as_if_installed(self.scratch), os.environ.get("PYTHONPATH", "")]
+        return {**os.environ, **self.target.environ, **stand_in, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
-def _as_if_installed(scratch: Path) -> dict[str, str]:
-    """Where this checkout is not installed, its entry points, laid beside it on the path as an installer does."""
+def _as_if_installed(scratch: Path) -> list[str]:
+    """Where rainfusion is not installed: a folder with its entry points, as an installer lays them down."""
     try:
         distribution("rainfusion")
-        return {}
+        return []
     except PackageNotFoundError:
         metadata = scratch / f"rainfusion-{__version__}.dist-info"
     project = read_toml(_ROOT / "pyproject.toml")["project"]
@@ -138,8 +139,7 @@ def _as_if_installed(scratch: Path) -> dict[str, str]:
         for line in (f"[{group}]", *(f"{name} = {value}" for name, value in entries.items()))
     ]
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    path = [str(_ROOT), str(scratch), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    return [str(scratch)]
 
 
 def _parser() -> argparse.ArgumentParser:
