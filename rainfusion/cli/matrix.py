@@ -69,7 +69,12 @@ def _overview(read: Matrix) -> Any:
 def _targets(read: Matrix) -> dict[str, Any]:
     return {
         name: {
-            dtype: {"status": cell.status.words, "by": cell.by, "known_failures": cell.known_failures}
+            dtype: {
+                "status": cell.status.words,
+                "by": cell.by,
+                "known_failures": cell.known_failures,
+                "cases": cell.cases,
+            }
             for dtype, cell in read.cells(target).items()
         }
         for name, target in read.targets.items()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from rainfusion.core.errors import BackendError
 from rainfusion.core.problem import DTYPES
 from rainfusion.matrix.records import BAD, Record, read_record, staleness
 from rainfusion.matrix.targets import CONTRACT, EMULATED, HARDWARE, Chip, MatrixError, Target, read_targets
+from rainfusion.plugins.conformance.cases import builtin_cases
 from rainfusion.plugins.conformance.xfails import Xfail, read_xfails
 from rainfusion.plugins.manager import host
 
@@ -47,16 +49,19 @@ class Cell:
     Attributes:
         by: what stood in for the hardware; empty for the real thing.
         known_failures: tests that are expected to fail.
+        cases: shared cases of the dtype that the record has looked at, where it lacks some of today's.
     """
 
     status: Status
     by: str = ""
     known_failures: int = 0
+    cases: str = ""
 
-    def __str__(self) -> str:
-        by = f": {self.by}" if self.by else ""
-        known = f", {self.known_failures} known failures" if self.known_failures else ""
-        return f"{self.status.symbol} {self.status.words}{by}{known}"
+    @property
+    def remarks(self) -> str:
+        """What limits the sign, in words; empty where nothing does."""
+        known = f"{self.known_failures} known failures" if self.known_failures else ""
+        return ", ".join(filter(None, (self.by, known, self.cases)))
 
 
 @dataclass(frozen=True)
@@ -104,11 +109,17 @@ class Matrix:
         if not any(test["outcome"] == "passed" and test.get("dtype") == dtype for test in tests):
             return Cell(Status.NOT_RUN)
         known = sum(test["outcome"] == "xfailed" for test in tests)
-        return Cell(_PASSED[chip.evidence], by, known)
+        return Cell(_PASSED[chip.evidence], by, known, _coverage(tests, dtype))
 
     def cells(self, target: Target) -> dict[str, Cell]:
         """What is known in every dtype."""
         return {dtype: self.cell(target, dtype) for dtype in DTYPES}
+
+
+def _coverage(tests: Sequence[Mapping[str, Any]], dtype: str) -> str:
+    shared = {case.name for case in builtin_cases() if case.problem.dtype == dtype}
+    seen = shared & {test.get("case") for test in tests}
+    return "" if seen == shared else f"{len(seen)} of {len(shared)} cases"
 
 
 def read_matrix(folder: Path) -> Matrix:

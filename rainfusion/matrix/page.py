@@ -46,14 +46,16 @@ def page(matrix: Matrix) -> str:
 
 
 def summary(matrix: Matrix, target: Target) -> str:
-    """All dtypes of a target in one cell: ``✅ f32 bf16 · ➖ f64``, what stood in for the hardware named."""
+    """All dtypes of a target in one cell: ``✅ f32 bf16 · ➖ f64``, with what limits the sign."""
     if isinstance(target.unsupported, str):
         return Status.UNSUPPORTED.symbol
     groups: dict[tuple[Status, str], list[str]] = {}
     for dtype, cell in matrix.cells(target).items():
-        groups.setdefault((cell.status, cell.by), []).append(DTYPES[dtype])
+        groups.setdefault((cell.status, cell.remarks), []).append(DTYPES[dtype])
     ranked = sorted(groups.items(), key=lambda group: list(Status).index(group[0][0]))
-    parts = [f"{status.symbol} {' '.join(dtypes)}" + (f" ({by})" if by else "") for (status, by), dtypes in ranked]
+    parts = [
+        f"{status.symbol} {' '.join(dtypes)}" + (f" ({said})" if said else "") for (status, said), dtypes in ranked
+    ]
     return " · ".join(parts)
 
 
@@ -71,6 +73,7 @@ def _overview(matrix: Matrix) -> Iterator[str]:
             rows.append((chip.title, chip.architecture, *cells))
     yield from _table(("hardware", "architecture", *(f"`{backend}`" for backend in matrix.backends)), rows)
     yield "\nAn empty cell: the backend does not lower to that hardware. f64, f32, f16, bf16 are dtypes of q, k and v."
+    yield "A number of cases: the record lacks some of today's."
 
 
 def _evidence(matrix: Matrix) -> Iterator[str]:

@@ -344,7 +344,7 @@ def test_matrix_writes_the_table_and_checks_it(tmp_path):
     assert "⬜ f16 bf16 f32 f64" in (tmp_path / "MATRIX.md").read_text(encoding="utf-8")
     assert command("matrix", "--folder", tmp_path, "--check").exit_code == 0
     cells = json.loads(command("matrix", "--folder", tmp_path, "--check", "--json").stdout)["targets"]
-    assert cells["reference-here"]["float32"] == {"status": "not run", "by": "", "known_failures": 0}
+    assert cells["reference-here"]["float32"] == {"status": "not run", "by": "", "known_failures": 0, "cases": ""}
 
 
 def test_matrix_without_a_checkout_is_one_line(capfd, monkeypatch, tmp_path):
