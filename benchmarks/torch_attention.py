@@ -11,12 +11,14 @@ turns, so that what else the machine does hits all of them. "ideal" is the ratio
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -37,9 +39,14 @@ def main() -> None:
     print(f"{where}, torch {torch.__version__}, D={HEAD_DIM}")
     print(f"{'heads':>5} {'tokens':>7} {'grid':>9} {'dtype':>9} {'skipped':>8} {'ideal':>6} {'dense':>9} ", end="")
     print(f"{'rainfusion':>11} {'ratio':>6} {'given mask':>11} {'ratio':>6} {'summary':>9} {'ratio':>6}   (ms)")
+    ratios = []
     for dtype in args.dtypes:
         for heads, grid in SIZES:
-            print(line(heads, grid, dtype, args), flush=True)
+            text, ratio = line(heads, grid, dtype, args)
+            print(text, flush=True)
+            ratios.append(ratio)
+    if args.json:
+        args.json.write_text(json.dumps({"where": where, "ratios": ratios}, indent=1) + "\n", encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
@@ -49,10 +56,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the ratios to this file, as the hardware matrix reads them")
     return parser.parse_args()
 
 
-def line(heads: int, grid: tuple[int, int, int], dtype: str, args: argparse.Namespace) -> str:
+def line(heads: int, grid: tuple[int, int, int], dtype: str, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """A row of the table, and the ratio of the whole call."""
     frames, height, width = grid
     tokens = frames * height * width
     torch.manual_seed(0)
@@ -78,10 +87,16 @@ def line(heads: int, grid: tuple[int, int, int], dtype: str, args: argparse.Name
         )
     head = f"{heads:>5} {tokens:>7} {'x'.join(map(str, grid)):>9} {dtype:>9} {mask.sparsity:>8.4f} "
     head += f"{1 / mask.density:>6.2f} {dense:>9.1f} "
-    return head + (
+    figures = (
         f"{whole:>11.1f} {dense / whole:>6.2f} {given:>11.1f} {dense / given:>6.2f} "
         f"{summary:>9.1f} {dense / summary:>6.2f}"
     )
+    return head + figures, {
+        "problem": f"{heads} heads of {HEAD_DIM}, {tokens} tokens, {mask.sparsity:.0%} skipped",
+        "dtype": dtype,
+        "baseline": "torch SDPA, dense",
+        "ratio": round(dense / whole, 3),
+    }
 
 
 def medians(variants: dict[str, Callable[[], object]], repeats: int, device: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""The command ``rainfusion``: devices, plan, run, parity."""
+"""The command ``rainfusion``: devices, plan, run, parity, matrix."""
 
 from __future__ import annotations
 

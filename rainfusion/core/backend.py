@@ -32,6 +32,8 @@ class BackendSpec:
         requires: importable names that must be present; looked up, not imported.
         install: what to type where they are not.
         isolate: probing it may end the interpreter, so `rainfusion devices` probes it in its own process.
+        revision: of the backend's results. Raise it with a change after which they may differ; the hardware
+            matrix then takes records made before for out of date.
     """
 
     name: str
@@ -39,15 +41,25 @@ class BackendSpec:
     requires: tuple[str, ...] = ()
     install: str = ""
     isolate: bool = False
+    revision: int = 1
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device a backend drives. `str` gives the address users write: ``cuda:0``, ``cpu``."""
+    """One device a backend drives. `str` gives the address users write: ``cuda:0``, ``cpu``.
+
+    Args:
+        type, index: of the address.
+        name: what the device calls itself.
+        memory: bytes of its own memory, where that is known.
+        stand_in: what imitates the device, such as an interpreter; empty for the real thing.
+    """
 
     type: str
     index: int | None = None
     name: str = ""
+    memory: int | None = None
+    stand_in: str = ""
 
     def __str__(self) -> str:
         return self.type if self.index is None else f"{self.type}:{self.index}"

@@ -258,6 +258,8 @@ def checked_spec(spec: Any) -> BackendSpec:
     module, colon, attribute = spec.target.partition(":")
     if not spec.name or not module or not colon or not attribute:
         raise BackendError(f"{spec!r} is incomplete; give a name and a target 'package.module:Class'")
+    if not isinstance(spec.revision, int):
+        raise BackendError(f"backend {spec.name!r} has revision {spec.revision!r}; give a whole number")
     return spec
 
 

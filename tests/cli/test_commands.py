@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_version():
     assert command("--version").stdout == f"rainfusion {rainfusion.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["devices", "plan", "run", "parity"])
+@pytest.mark.parametrize("name", ["devices", "plan", "run", "parity", "matrix"])
 def test_every_command_has_help(name):
     answer = command(name, "--help")
     assert answer.exit_code == 0
@@ -233,8 +234,12 @@ def test_parity_as_json():
 def test_parity_ends_with_1_where_they_disagree(monkeypatch):
     from rainfusion.plugins.conformance import parity
 
-    verdict = parity.CaseComparison("ragged_row-f32", ok=False, absolute=float("nan"), tolerance=1e-6)
-    monkeypatch.setattr(parity, "compare_case", lambda a, b, case: verdict)
+    right = parity.compare_case
+
+    def wrong(a, b, case):
+        return replace(right(a, b, case), ok=False, absolute=float("nan"))
+
+    monkeypatch.setattr(parity, "compare_case", wrong)
     answer = command("parity", "--backend", "reference", "--cases", "ragged_row-f32")
     assert answer.exit_code == 1
     assert "DISAGREE" in answer.stdout
@@ -260,6 +265,92 @@ def test_parity_refuses_what_it_does_not_know(capfd, monkeypatch):
     code, _, err = main(capfd, monkeypatch, "parity", "--backend", "none")
     assert code == 2
     assert "backend 'none' is not known" in err
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Parity reports of the reference with itself: two seeds, and one whose error is too large."""
+    folder = tmp_path_factory.mktemp("reports")
+    for name, seed in (("mine", 0), ("other_seed", 3)):
+        path = folder / f"{name}.json"
+        command("parity", "--backend", "reference", "--cases", "less_than_a_block-*", "--seed", seed, "--report", path)
+    wrong = json.loads((folder / "mine.json").read_text())
+    wrong["cases"][0]["evidence"]["error"] = "inf"
+    (folder / "wrong.json").write_text(json.dumps(wrong))
+    return folder
+
+
+def test_parity_compares_two_reports(reports):
+    answer = command("parity", "--compare", reports / "mine.json", reports / "mine.json")
+    assert answer.exit_code == 0, answer.output
+    assert "4 agree, 0 disagree, 0 refused" in answer.stdout
+    assert "no two machines are compared" in answer.stderr
+    few = command("parity", "--compare", reports / "mine.json", reports / "mine.json", "--cases", "*f32", "--json")
+    assert [case["case"] for case in json.loads(few.stdout)["cases"]] == ["less_than_a_block-f32"]
+
+
+def test_parity_of_reports_that_disagree(reports):
+    answer = command("parity", "--compare", reports / "mine.json", reports / "wrong.json")
+    assert answer.exit_code == 1
+    assert "less_than_a_block-f16: the second is off the oracle by inf" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ("other_seed", "the reports were made of other inputs (seeds 0 and 3): 4 of 4 cases differ"),
+        ("missing", "missing.json cannot be read"),
+    ],
+)
+def test_parity_refuses_reports_that_cannot_be_compared(capfd, monkeypatch, reports, second, said):
+    code, out, err = main(capfd, monkeypatch, "parity", "--compare", reports / "mine.json", reports / f"{second}.json")
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_parity_says_which_options_do_not_go_together(reports):
+    both = command("parity", "--compare", reports / "mine.json", reports / "mine.json", "--backend", "torch")
+    assert both.exit_code == 2
+    assert "--compare runs none" in both.stderr
+    assert "give two reports to --compare" in command("parity").stderr
+
+
+# -- matrix ----------------------------------------------------------------------------------------
+
+TARGETS = """
+[chips.here]
+vendor = "Acme"
+name = "this machine"
+architecture = "any"
+recognise = ["*"]
+
+[[target]]
+backend = "reference"
+chip = "here"
+device = "cpu"
+runtime = "NumPy"
+dtypes = ["float16", "bfloat16", "float32", "float64"]
+"""
+
+
+def test_matrix_writes_the_table_and_checks_it(tmp_path):
+    (tmp_path / "targets.toml").write_text(TARGETS)
+    stale = command("matrix", "--folder", tmp_path, "--check")
+    assert stale.exit_code == 1
+    assert "MATRIX.md is not what the records say; run rainfusion matrix" in stale.stderr
+    written = command("matrix", "--folder", tmp_path)
+    assert written.exit_code == 0
+    assert "reference-here" in written.stdout
+    assert "⬜ f16 bf16 f32 f64" in (tmp_path / "MATRIX.md").read_text(encoding="utf-8")
+    assert command("matrix", "--folder", tmp_path, "--check").exit_code == 0
+    cells = json.loads(command("matrix", "--folder", tmp_path, "--check", "--json").stdout)["targets"]
+    assert cells["reference-here"]["float32"] == {"status": "not run", "by": "", "known_failures": 0, "cases": ""}
+
+
+def test_matrix_without_a_checkout_is_one_line(capfd, monkeypatch, tmp_path):
+    code, out, err = main(capfd, monkeypatch, "matrix", "--folder", tmp_path)
+    assert (code, out) == (2, "")
+    assert "run in a checkout of rainfusion, or give --folder" in err
 
 
 def test_no_demo_file_was_left_behind():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from rainfusion.backends.reference.backend import ReferenceBackend
 from rainfusion.core import semantics
 from rainfusion.plugins.conformance.cases import Case, every_case
 from rainfusion.plugins.conformance.evidence import Evidence
+from rainfusion.plugins.conformance.huge import check_heads, huge_heads, require_memory
 from rainfusion.plugins.conformance.parity import compare
 from rainfusion.plugins.conformance.suite import ConformanceSuite
 from rainfusion.plugins.conformance.target import find_target
@@ -292,6 +294,33 @@ def test_near_ties_may_differ_and_nothing_else(kit: Kit) -> None:
     kit.run("test_select[ragged_row-f32]")
 
 
+def fourth_copy_reads_the_first(x: Operands) -> Any:
+    out, lse = semantics.attend(**x)
+    if out.shape[1] > 3 * 61:
+        out[:, 3 * 61 : 4 * 61] = out[:, 2 * 61 + 5 : 3 * 61 + 5]
+    return out, lse
+
+
+@pytest.mark.parametrize(("attend", "fails"), [(None, False), (fourth_copy_reads_the_first, True)])
+def test_heads_beyond_an_offset_are_told_from_others(kit: Kit, attend: Any, fails: bool) -> None:
+    claims = rainfusion.Capabilities(head_dims=frozenset({8}), blocks=frozenset({(32, 32)}))
+    kit.announce(attend=attend, capabilities=lambda self, device: claims)
+    target, evidence = find_target("wrong"), Evidence()
+    heads = huge_heads(target, "bshd", elements=3 * 61 * 256 * 8)
+    assert heads.large.problem.heads == 4 * 61
+    with pytest.raises(AssertionError, match="copy 3 of the heads is off") if fails else nullcontext():
+        check_heads(target, heads, evidence)
+    assert evidence.record["elements"] == 4 * 61 * 256 * 8
+
+
+def test_memory_that_does_not_do_is_a_failure(kit: Kit) -> None:
+    small = rainfusion.Device("acme", 0, memory=8 * 10**9)
+    kit.announce(devices=lambda self: [small])
+    target = find_target("wrong")
+    with pytest.raises(pytest.fail.Exception, match="has 8 GB; --rainfusion-huge needs 22 GB"):
+        require_memory(target, huge_heads(target, "bhsd"))
+
+
 @pytest.mark.parametrize(
     ("change", "ok"), [({}, True), ({"attend": wrong_scale}, False), ({"select": one_too_many}, False)]
 )
@@ -347,3 +376,4 @@ def test_the_same_inputs_are_made_everywhere() -> None:
     cases = {case.name: case for case in every_case()}
     assert cases["video-bf16"].fingerprint()[:16] == "aa198bb601493305"
     assert cases["exact_ties-f32"].fingerprint()[:16] == "0cb939ae9bf5df8b"
+    assert cases["clip-f64"].fingerprint()[:16] == "96159c2738b8d91b"

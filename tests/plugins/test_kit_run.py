@@ -63,12 +63,13 @@ def outcomes(report: dict[str, Any]) -> dict[str, str]:
 def test_a_right_backend_passes_and_the_report_says_on_what_evidence(backends: Any) -> None:
     status, _, report = run(backends, "right")
     assert status == 0
-    assert report["rainfusion_report"] == 1
-    assert {"rainfusion", "commit", "date", "platform", "python", "numpy", "torch"} <= {*report["environment"]}
+    assert (report["rainfusion_report"], report["kit"]) == (2, 1)
+    assert {"rainfusion", "commit", "date", "platform", "cpu", "python", "numpy", "torch"} <= {*report["environment"]}
     (suite,) = report["suites"]
     assert (suite["backend"], suite["device"], suite["outcomes"]) == ("right", "cpu", {"passed": 5})
+    assert (suite["revision"], suite["stand_in"]) == (1, "")
     assert suite["capabilities"]["dtypes"] == ["bfloat16", "float16", "float32", "float64"]
-    (test,) = (test for test in suite["tests"] if test["test"] == "test_attend[ragged_row-bf16]")
+    (test,) = (test for test in suite["tests"] if test["test"] == "test_attention[ragged_row-bf16]")
     assert test["absolute"] <= test["tolerance"]
     assert test["lse"] <= test["lse_tolerance"]
     assert {"relative", "seconds"} <= {*test}
@@ -161,3 +162,40 @@ def test_running_no_test_of_the_kit_is_no_evidence(backends: Any) -> None:
     done = backends.start("-m", "pytest", "-q", "test_other.py", "--rainfusion-backend=right")
     assert done.returncode == 1
     assert backends.start("-m", "pytest", "-q", "test_other.py").returncode == 0
+
+
+def test_what_imitates_a_device_is_in_the_report(backends: Any) -> None:
+    report = backends.folder / "out.json"
+    options = ("--rainfusion-backend=right", f"--rainfusion-report={report}")
+    backends.start(*KIT, *FEW, *options, RAINFUSION_STAND_IN="an interpreter")
+    assert json.loads(report.read_text())["suites"][0]["stand_in"] == "an interpreter"
+
+
+@pytest.mark.parametrize(
+    ("device", "status", "outcome"), [("cpu", 0, "xfailed"), ("NumPy on*", 0, "xfailed"), ("cuda:*", 1, "failed")]
+)
+def test_a_known_failure_may_be_that_of_a_device(backends: Any, device: str, status: int, outcome: str) -> None:
+    path = Path(backends.folder) / "xfails.toml"
+    path.write_text(
+        f'[[xfail]]\ntest = "test_att*"\nreason = "ten percent off"\nissue = "acme#7"\ndevice = "{device}"\n'
+    )
+    ended, _, report = run(backends, "wrong", f"--rainfusion-xfails={path}")
+    assert (ended, outcomes(report)["test_attend[ragged_row-bf16]"]) == (status, outcome)
+
+
+def test_a_known_failure_of_another_device_is_not_stale(backends: Any) -> None:
+    path = Path(backends.folder) / "xfails.toml"
+    path.write_text('[[xfail]]\ntest = "test_att*"\nreason = "x"\nissue = "acme#7"\ndevice = "cuda:*"\n')
+    assert run(backends, "right", f"--rainfusion-xfails={path}")[0] == 0
+
+
+def test_tensors_of_two_billion_elements_are_tested_on_request(backends: Any) -> None:
+    few = ("-k", "huge or announcement or ragged_row and bf16")
+    status, _, report = run(backends, "right", few=few)
+    assert status == 0
+    reasons = {test["test"]: test.get("reason") for test in report["suites"][0]["tests"]}
+    assert reasons["test_huge[bhsd]"] == reasons["test_huge[bshd]"] == "not asked for: --rainfusion-huge"
+    status, said, report = run(backends, "right", "--rainfusion-huge", few=few)
+    assert status == 1
+    assert outcomes(report)["test_huge[bhsd]"] == "failed"
+    assert "right on cpu computes in host memory; --rainfusion-huge is for accelerators" in said

@@ -92,4 +92,5 @@ class TorchBackend(Backend):
 def _accelerator(kind: str, index: int) -> Device:
     module = getattr(torch, kind)
     name = module.get_device_name(index) if hasattr(module, "get_device_name") else f"torch device {kind}"
-    return Device(kind, index, name)
+    properties = module.get_device_properties(index) if hasattr(module, "get_device_properties") else None
+    return Device(kind, index, name, getattr(properties, "total_memory", None))

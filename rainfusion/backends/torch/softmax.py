@@ -6,6 +6,8 @@ place between them. Both keep softmax statistics in float32 (float64 for float64
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -51,12 +53,15 @@ def fused(
         where it is not needed.
     """
     bias = None if bias is None else bias.to(q.dtype)
-    if not needs_lse:
+    if q.device.type != "cpu" or _FLASH_ON_CPU is None:
+        assert not needs_lse
         return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
-    assert _FLASH_ON_CPU is not None
     # Unlike the public function it reads the channels of a token as neighbours, whatever their stride says.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = _FLASH_ON_CPU(q, k, v, attn_mask=bias, scale=scale)
+    infinite = lse == math.inf
+    if infinite.any():  # a logit of infinity makes its row NaN; in half precision torch gives 0
+        out, lse = out.masked_fill(infinite[..., None], math.nan), lse.masked_fill(infinite, math.nan)
     return out, lse
 
 

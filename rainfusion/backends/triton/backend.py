@@ -33,10 +33,9 @@ class TritonBackend(Backend):
 
     def devices(self) -> Sequence[Device]:
         if torch.cuda.is_available():
-            count = torch.cuda.device_count()
-            return [Device("cuda", i, torch.cuda.get_device_name(i)) for i in range(count)]
+            return [_cuda(i) for i in range(torch.cuda.device_count())]
         if _interprets():
-            return [Device("cpu", name="Triton's interpreter on the CPU")]
+            return [Device("cpu", name="Triton's interpreter on the CPU", stand_in="Triton's interpreter")]
         raise BackendUnavailableError(
             "torch finds no CUDA device", "a torch built for CUDA or ROCm, or TRITON_INTERPRET=1 to try it on a CPU"
         )
@@ -86,6 +85,11 @@ class TritonBackend(Backend):
     def synchronize(self, device: Device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device.index)
+
+
+def _cuda(index: int) -> Device:
+    seen = torch.cuda.get_device_properties(index)
+    return Device("cuda", index, seen.name, seen.total_memory)
 
 
 _one_at_a_time = RLock()

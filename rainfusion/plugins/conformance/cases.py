@@ -20,9 +20,11 @@ from rainfusion.core.mask import BlockMask
 from rainfusion.core.planner import plan
 from rainfusion.core.policy import Fixed, Policy, TopK, TopP
 from rainfusion.core.problem import DTYPES, AttentionProblem
-from rainfusion.plugins.conformance.inputs import POISONED_BLOCK, RECIPES, Inputs
+from rainfusion.plugins.conformance.inputs import CLIP_GRID, POISONED_BLOCK, RECIPES, Inputs
 from rainfusion.plugins.conformance.rounding import rounded
 from rainfusion.plugins.manager import host
+
+KEPT = ("mixed", "one", "all")
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,11 @@ class Case:
         problem, layout, policy, omitted, order, returns: as for `rainfusion.plan`.
         values: the recipe of the inputs, a name in `inputs.RECIPES`.
         seed: of the generator that the recipe and the random mask draw from.
+        kept: blocks a row keeps in the mask that is given, a name in `KEPT`.
         strided: hand the tensors over as non-contiguous views.
 
     Raises:
-        ProblemError: an unknown recipe.
+        ProblemError: an unknown recipe, or another `kept`.
     """
 
     name: str
@@ -49,10 +52,12 @@ class Case:
     returns: tuple[str, ...] = ("%out",)
     values: str = "normal"
     seed: int = 0
+    kept: str = "mixed"
     strided: bool = False
 
     def __post_init__(self) -> None:
         one_of(self.values, RECIPES, "values", ProblemError)
+        one_of(self.kept, KEPT, "kept", ProblemError)
 
     def plan(self, **changes: Any) -> Plan:
         """The plan of this case; `changes` replace arguments of `rainfusion.plan`."""
@@ -69,7 +74,11 @@ class Case:
         return _inputs(self)
 
     def mask(self) -> BlockMask:
-        """A random mask for this case, on NumPy: rows of any length, one of a single block, one as full as can be."""
+        """A random mask for this case, on NumPy.
+
+        Rows of any length, the first of a single block, the last as full as can be; or all of them like the
+        one or the other.
+        """
         rng = np.random.default_rng((self.seed, 1))
         made = self.plan()
         rank = rng.random((self.problem.batch, self.problem.heads, made.q_axis.blocks, made.kv_axis.blocks))
@@ -78,6 +87,8 @@ class Case:
             rank[..., POISONED_BLOCK], most = np.inf, most - 1
         width = rng.integers(1, most, rank.shape[:3], endpoint=True)
         width[..., -1], width[..., 0] = most, 1
+        if self.kept != "mixed":
+            width[...] = {"one": 1, "all": most}[self.kept]
         blocks = np.argsort(np.argsort(rank, axis=-1), axis=-1) < width[..., None]
         return BlockMask(blocks, self.problem.q_len, self.problem.kv_len, self.layout.block)
 
@@ -114,7 +125,8 @@ _VIDEO = (5, 8, 16)
 
 def builtin_cases() -> tuple[Case, ...]:
     """The shared cases, each in all four dtypes; what a backend does not claim is skipped by name."""
-    return tuple(_in_dtype(case, dtype) for case in (*_shapes(), *_methods(), *_numbers()) for dtype in DTYPES)
+    cases = (*_shapes(), *_methods(), *_numbers(), *_clips())
+    return tuple(_in_dtype(case, dtype) for case in cases for dtype in DTYPES)
 
 
 def every_case() -> tuple[Case, ...]:
@@ -168,7 +180,9 @@ def _shapes() -> Iterator[Case]:
     yield _video("video")
     yield _video("odd_grid", grid=(5, 11, 13))
     yield _video("below_the_window", grid=(6, 5, 30))
+    yield _video("grid_within_a_block", grid=(2, 3, 5), policy=TopP(0.9))
     yield _video("image", grid=(1, 24, 28))
+    yield _video("image_after_text", grid=(1, 21, 27), text=50, text_position="start")
     yield _video("no_sink", sink=None)
     yield _video("text_at_the_end", text=77)
     yield _video("text_at_the_start", text=77, text_position="start")
@@ -177,6 +191,7 @@ def _shapes() -> Iterator[Case]:
     yield _row("less_than_a_block", 40, policy=TopP(0.9))
     yield _row("one_block_of_queries", 100, kv_len=900)
     yield _row("batch", 500, batch=2)
+    yield _video("batch_of_videos", batch=3, heads=1, text=20)
     yield _row("grouped_heads", 600, heads=4, kv_heads=2)
     yield _row("one_key_head", 600, heads=3, kv_heads=1)
     yield _row("more_keys", 300, kv_len=900)
@@ -217,6 +232,8 @@ def _methods() -> Iterator[Case]:
     yield _video("mass", policy=TopP(0.7))
     yield _video("mass_with_floor", policy=TopP(0.2, floor=0.5), text=77)
     yield _video("given_mask", policy=Fixed())
+    yield _row("single_blocks_kept", 700, policy=Fixed(), kept="one")
+    yield _row("every_block_kept", 700, policy=Fixed(), kept="all", returns=("%out", "%lse"))
     yield _video("log_sum_exp", returns=("%out", "%lse"))
     yield _video("given_order", order="given", text=77)
     yield _video("summary", omitted="summary", text=77)
@@ -235,6 +252,17 @@ def _numbers() -> Iterator[Case]:
     yield _row("poisoned_block_masked_out", 700, values="poisoned_block", policy=Fixed())
     yield _video("poisoned_block_in_a_video", values="poisoned_block")
     yield _row("nan_query", 600, values="nan_query", policy=Fixed())
+    yield _row("minus_infinity", 700, values="minus_infinity")
+    yield _row("minus_infinity_in_dense", 300, values="minus_infinity", policy=TopK(0.0))
+    yield _row("infinite_values", 700, values="infinite_values", policy=Fixed())
+
+
+def _clips() -> Iterator[Case]:
+    """Queries, keys and values of a real clip: blocks much alike, near ties, attention from diffuse to peaked."""
+    yield _video("clip", grid=CLIP_GRID, values="clip", policy=TopK(0.6), head_dim=64)
+    yield _video("clip_of_wide_heads", grid=CLIP_GRID, values="clip", policy=TopK(0.6))
+    yield _video("clip_by_mass", grid=CLIP_GRID, values="clip", policy=TopP(0.5), head_dim=64)
+    yield _video("clip_and_text", grid=CLIP_GRID, text=77, values="clip", policy=TopK(0.6), omitted="summary")
 
 
 def _row(name: str, length: int, *, kv_len: int | None = None, block: Any = 128, **settings: Any) -> Case:

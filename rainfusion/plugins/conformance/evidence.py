@@ -30,12 +30,14 @@ class Evidence:
         return cls(properties[PROPERTY])  # type: ignore[arg-type]
 
     def ran_on(self, target: Target) -> None:
-        """Note the target: backend, device, claims."""
+        """Note the target: backend and its revision, device and what imitates it, claims."""
         claims = {key: _plain(value) for key, value in asdict(target.capabilities).items()}
         self.record["target"] = {
             "backend": target.backend.name,
+            "revision": target.revision,
             "device": str(target.device),
             "device_name": target.device.name,
+            "stand_in": target.stand_in,
             "capabilities": claims,
         }
 

@@ -8,6 +8,7 @@ float64 q ``[B, H, q_len, D]`` and k, v ``[B, kv heads, kv_len, D]``, not yet ro
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 
 Inputs = tuple[np.ndarray, np.ndarray, np.ndarray]
 POISONED_BLOCK = 1
+
+CLIP = files("rainfusion.plugins.conformance") / "big_buck_bunny.npz"
+"""Uint8 brightness ``[12, 80, 128]`` of every fourth frame of a clip, for a grid of 12x10x16 tokens of 8x8 pixels.
+
+From Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org, licensed CC BY 3.0; scaled down. A test
+makes it anew from the clip.
+"""
+
+CLIP_GRID = (12, 10, 16)
 
 
 def normal(case: Case, rng: np.random.Generator) -> Inputs:
@@ -72,8 +82,78 @@ def nan_query(case: Case, rng: np.random.Generator) -> Inputs:
     return q, k, v
 
 
+def minus_infinity(case: Case, rng: np.random.Generator) -> Inputs:
+    """One channel of one key is minus infinity: a query attends to it not at all, or to a logit of infinity, NaN."""
+    q, k, v = normal(case, rng)
+    k[:, :, k.shape[2] // 2, 0] = -np.inf
+    return q, k, v
+
+
+def infinite_values(case: Case, rng: np.random.Generator) -> Inputs:
+    """One value holds both infinities; so do the outputs that attend to it, each in its channel, and no other."""
+    q, k, v = normal(case, rng)
+    v[:, :, v.shape[2] // 2, :2] = np.inf, -np.inf
+    return q, k, v
+
+
+def clip(case: Case, rng: np.random.Generator) -> Inputs:
+    """Patches of a real clip as queries and keys of one unit norm, the first head diffuse, the last peaked.
+
+    A head turns its patches, and noise on them, by a random rotation that q and k share; text tokens are random.
+    Whole numbers are exact in any order of summation, and quotients and roots correctly rounded, so the numbers
+    are the same on every machine.
+    """
+    p = case.problem
+    shape = (p.batch, p.heads, p.kv_len, p.head_dim)
+    tokens = np.broadcast_to(_clip_tokens(case, rng), shape)
+    noise = (np.rint(bell(rng, shape) * 4) for _ in range(2))
+    hadamard, signs = _hadamard(p.head_dim), rng.integers(0, 2, (2, p.heads, 1, p.head_dim)) * 2.0 - 1
+    sharpness = np.sqrt(np.geomspace(4, 16, p.heads).round() * np.sqrt(p.head_dim))[:, None, None]
+    q, k = (_unit(((tokens + n) * signs[0]) @ hadamard) * sharpness for n in noise)
+    return q, k, (tokens * signs[1]) @ hadamard / 512
+
+
+def _clip_tokens(case: Case, rng: np.random.Generator) -> np.ndarray:
+    """Whole numbers ``[tokens, head_dim]``: the brightness of a patch against the mean patch; text at its end."""
+    with CLIP.open("rb") as file:
+        frames = np.load(file, allow_pickle=False)["frames"]
+    layout, dim = case.layout, case.problem.head_dim
+    assert layout.grid is not None
+    count, height, width = layout.grid
+    side = frames.shape[1] // height
+    tiles = frames.reshape(count, height, side, width, side).swapaxes(2, 3).reshape(-1, side * side).astype(np.float64)
+    patches = np.pad(tiles - np.rint(tiles.sum(axis=0) / len(tiles)), ((0, 0), (0, dim - side * side)))
+    text = np.rint(bell(rng, (layout.text, dim)) * 32)
+    return np.concatenate([text, patches] if layout.text_position == "start" else [patches, text])
+
+
+def _hadamard(size: int) -> np.ndarray:
+    """The Hadamard matrix of that size, a power of two: entries ±1, rows orthogonal."""
+    made = np.ones((1, 1))
+    while len(made) < size:
+        made = np.block([[made, made], [made, -made]])
+    return made
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    length = np.sqrt((x * x).sum(axis=-1, keepdims=True))
+    return np.asarray(x / np.maximum(length, 1.0))
+
+
 RECIPES: dict[str, Callable[[Case, np.random.Generator], Inputs]] = {
-    recipe.__name__: recipe for recipe in (normal, large_logits, peaked, close_scores, ties, poisoned_block, nan_query)
+    recipe.__name__: recipe
+    for recipe in (
+        normal,
+        large_logits,
+        peaked,
+        close_scores,
+        ties,
+        poisoned_block,
+        nan_query,
+        minus_infinity,
+        infinite_values,
+        clip,
+    )
 }
 
 

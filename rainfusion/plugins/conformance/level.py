@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from rainfusion.core.errors import BackendError
 from rainfusion.core.mask import BlockMask
-from rainfusion.core.problem import DTYPES
+from rainfusion.core.problem import DTYPES, TENSOR_LAYOUTS
 from rainfusion.plugins.conformance.cases import Case, every_case
 from rainfusion.plugins.conformance.evidence import Evidence
 from rainfusion.plugins.conformance.measure import agreement, relative_error, worst_error
@@ -28,11 +29,15 @@ class Level:
     device: str | None = None
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Run a test once for each case, for each case that selects its mask, or for each dtype."""
-        for name in {"case", "selecting_case", "dtype"} & {*metafunc.fixturenames}:
-            cases = () if name == "dtype" else every_case()
-            values = {"case": cases, "selecting_case": [c for c in cases if c.selects], "dtype": DTYPES}[name]
-            metafunc.parametrize(name, values, ids=str)
+        """Run a test once for each case, for each case that selects its mask, each dtype or tensor layout."""
+        values: dict[str, Callable[[], Iterable[Any]]] = {
+            "case": every_case,
+            "selecting_case": lambda: [case for case in every_case() if case.selects],
+            "dtype": lambda: DTYPES,
+            "layout": lambda: TENSOR_LAYOUTS,
+        }
+        for name in values.keys() & {*metafunc.fixturenames}:
+            metafunc.parametrize(name, values[name](), ids=str)
 
     @pytest.fixture
     def evidence(self, request: pytest.FixtureRequest) -> Evidence:
@@ -57,7 +62,7 @@ class Level:
 
 def take_up(case: Case, target: Target, evidence: Evidence) -> None:
     """Note the case; skip it if it is beyond the capabilities, naming the capability."""
-    evidence.record["case"] = case.name
+    evidence.record.update(case=case.name, dtype=case.problem.dtype)
     objections = target.objections(case)
     if objections:
         pytest.skip(f"{target} does not claim it: {objections}")

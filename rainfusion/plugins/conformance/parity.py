@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from rainfusion.core.mask import BlockMask
 from rainfusion.plugins.conformance.cases import Case
 from rainfusion.plugins.conformance.measure import agreement, relative_error, worst_error
-from rainfusion.plugins.conformance.oracle import expected, expected_mask
-from rainfusion.plugins.conformance.target import Target, find_target
+from rainfusion.plugins.conformance.oracle import Expected, expected, expected_mask
+from rainfusion.plugins.conformance.target import Outcome, Target, find_target
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,14 @@ class CaseComparison:
     Attributes:
         case: its name.
         ok: whether they agree within the tolerance; None where the case was not compared.
-        absolute, relative: worst error of the output, both computed under the first backend's mask;
-            relative to the largest value.
-        lse: worst error of the log-sum-exp; None where one of them does not claim it.
+        absolute, relative: worst difference of the outputs, both computed under the oracle's mask (the given one
+            where a mask is given); relative to the largest value.
+        lse: worst difference of the log-sum-exp; None where one of them does not claim it.
         mask_agreement: share of block pairs on which the masks they select agree; None where none is
             selected. Near ties may differ, see `tolerance`.
         tolerance: largest allowed `absolute`: what either may be away from the float64 oracle, added up.
         refused: why the case was not compared: which backend does not claim which capability.
+        answer: what the first backend computed, and what it is measured by.
     """
 
     case: str
@@ -38,6 +40,35 @@ class CaseComparison:
     mask_agreement: float | None = None
     tolerance: float = 0.0
     refused: str = ""
+    answer: Answer | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A case and its right answer.
+
+    Attributes:
+        mask: the mask under which outputs are computed, the oracle's choice where the case selects; None if dense.
+        right: output and log-sum-exp under it, and how far a backend may be from them.
+        undecided: pairs on which a mask that is selected may differ from `mask`; None where none is selected.
+    """
+
+    case: Case
+    mask: BlockMask | None
+    right: Expected
+    undecided: np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a backend computed: output and log-sum-exp under the question's mask, and the mask that it selects.
+
+    The log-sum-exp is that of a call of its own: a kernel may compute in another way where it is asked for.
+    """
+
+    question: Question
+    under: Outcome
+    selected: np.ndarray | None
 
 
 def compare(
@@ -57,32 +88,50 @@ def compare(
 
 
 def compare_case(a: Target, b: Target, case: Case) -> CaseComparison:
-    """Run one case on two targets; the output of the second is computed under the mask of the first."""
+    """Run one case on two targets."""
     refused = "; ".join(f"{target}: {said}" for target in (a, b) if (said := target.objections(case)))
     if refused:
         return CaseComparison(case.name, refused=refused)
-    mask, mask_agreement, same_choice = _masks(a, b, case)
+    asked = question(case)
     lse = a.capabilities.lse and b.capabilities.lse
-    ours, theirs = (target.under(case, mask, lse=lse) for target in (a, b))
-    limits = expected(case, mask)
-    absolute = worst_error(theirs.out, ours.out)
-    lse_error = None if ours.lse is None or theirs.lse is None else worst_error(theirs.lse, ours.lse)
+    ours, theirs = (answer(target, asked, lse=lse) for target in (a, b))
+    right = asked.right
+    absolute = worst_error(theirs.under.out, ours.under.out)
+    lse_error = worst_error(theirs.under.lse, ours.under.lse) if lse else None  # type: ignore[arg-type]
+    mask_agreement, same_choice = _same_choice(asked, ours.selected, theirs.selected)
     return CaseComparison(
         case.name,
-        ok=same_choice and absolute <= 2 * limits.out_limit and (lse_error or 0.0) <= 2 * limits.lse_limit,
+        ok=same_choice and absolute <= 2 * right.out_limit and (lse_error or 0.0) <= 2 * right.lse_limit,
         absolute=absolute,
-        relative=relative_error(theirs.out, ours.out),
+        relative=relative_error(theirs.under.out, ours.under.out),
         lse=lse_error,
         mask_agreement=mask_agreement,
-        tolerance=2 * limits.out_limit,
+        tolerance=2 * right.out_limit,
+        answer=ours,
     )
 
 
-def _masks(a: Target, b: Target, case: Case) -> tuple[BlockMask | None, float | None, bool]:
-    """The mask both run under, how far the two they select agree, and whether they differ at near ties only."""
+def question(case: Case) -> Question:
+    """The case with its right answer."""
     if not case.selects:
-        return (None if case.plan().is_dense else case.mask()), None, True
-    ours, theirs = (target.selected(case) for target in (a, b))
-    may_differ = expected_mask(case).undecided
-    same_choice = not np.any((ours.blocks != theirs.blocks) & ~may_differ)
-    return ours, agreement(ours.blocks, theirs.blocks), same_choice
+        mask = None if case.plan().is_dense else case.mask()
+        return Question(case, mask, expected(case, mask), None)
+    right = expected_mask(case)
+    mask = BlockMask(right.blocks, case.problem.q_len, case.problem.kv_len, case.layout.block)
+    return Question(case, mask, expected(case, mask), right.undecided)
+
+
+def answer(target: Target, asked: Question, *, lse: bool) -> Answer:
+    """What a target makes of a question."""
+    selected = target.selected(asked.case).blocks if asked.case.selects else None
+    plain = target.under(asked.case, asked.mask, lse=False)
+    return Answer(
+        asked, replace(plain, lse=target.under(asked.case, asked.mask, lse=True).lse if lse else None), selected
+    )
+
+
+def _same_choice(asked: Question, ours: Any, theirs: Any) -> tuple[float | None, bool]:
+    """How far two selected masks agree, and whether they differ at near ties only."""
+    if asked.undecided is None:
+        return None, True
+    return agreement(ours, theirs), not np.any((ours != theirs) & ~asked.undecided)

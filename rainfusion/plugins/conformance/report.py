@@ -1,29 +1,27 @@
 """The report of a run: where it ran, what is claimed, what every test saw. JSON, written also on failure.
 
-{"rainfusion_report": 1, "environment": {...},
- "suites": [{"backend", "device", "device_name", "capabilities", "tests": [{...}]}]}
+{"rainfusion_report": 2, "kit": 1, "environment": {...},
+ "suites": [{"backend", "revision", "device", "device_name", "stand_in", "capabilities", "outcomes",
+             "tests": [{...}]}]}
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rainfusion.plugins.conformance.environment import environment
 from rainfusion.plugins.conformance.evidence import PROPERTY
 
 if TYPE_CHECKING:
     import pytest
 
-REPORT_VERSION = 1
-_PACKAGES = ("rainfusion", "numpy", "torch", "torch-npu", "openvino", "array-api-compat", "pytest")
+REPORT_VERSION = 2
+
+KIT_REVISION = 1
+"""Of what passing means. Raise it when the oracle, a tolerance or the inputs of a case change; not for new cases."""
 
 
 @dataclass(eq=False)
@@ -76,43 +74,17 @@ class Recorder:
             suite["tests"].append({key: value for key, value in test.items() if key not in ("target", "backend")})
         for suite in suites.values():
             suite["outcomes"] = dict(Counter(test["outcome"] for test in suite["tests"]))
-        record = {"rainfusion_report": REPORT_VERSION, "environment": environment(), "suites": [*suites.values()]}
-        return json.dumps(record, indent=1, allow_nan=False)
+        head = {"rainfusion_report": REPORT_VERSION, "kit": KIT_REVISION, "environment": environment()}
+        return as_lines({**head, "suites": [*suites.values()]})
 
 
-def environment() -> dict[str, Any]:
-    """Where and when: versions, commit, platform, date."""
-    return {
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that rainfusion runs from, ``-dirty`` where it was changed; None outside one.
-
-    On a machine that has the files without their history, ``RAINFUSION_COMMIT`` says it.
-    """
-    if said := os.environ.get("RAINFUSION_COMMIT"):
-        return said
-    here = Path(__file__).parent
-    try:  # only if this file is tracked: an environment may lie inside a checkout of something else
-        for command in (["ls-files", "--error-unmatch", __file__], ["describe", "--always", "--dirty", "--exclude=*"]):
-            done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def as_lines(record: dict[str, Any]) -> str:
+    """A report as JSON with each test on a line of its own, so that two of them can be compared by eye."""
+    tests = [test for suite in record["suites"] for test in suite["tests"]]
+    folded = {**record, "suites": [{**suite, "tests": [None] * len(suite["tests"])} for suite in record["suites"]]}
+    lines = iter([json.dumps(test, allow_nan=False) for test in tests])
+    indented = json.dumps(folded, indent=1, allow_nan=False).splitlines()
+    return "\n".join(line.replace("null", next(lines)) if line.strip(" ,") == "null" else line for line in indented)
 
 
 def _outcome(report: pytest.TestReport) -> str:

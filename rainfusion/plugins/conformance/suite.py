@@ -1,13 +1,14 @@
-"""ConformanceSuite: the three levels in one class to subclass."""
+"""ConformanceSuite: all levels in one class to subclass."""
 
 from __future__ import annotations
 
 from rainfusion.plugins.conformance.contract import Contract
 from rainfusion.plugins.conformance.end_to_end import EndToEnd
+from rainfusion.plugins.conformance.huge import Huge
 from rainfusion.plugins.conformance.node import Node
 
 
-class ConformanceSuite(Contract, Node, EndToEnd):
+class ConformanceSuite(Contract, Node, EndToEnd, Huge):
     """Everything a backend must do.
 
         class TestAcme(ConformanceSuite):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from rainfusion.plugins.manager import host
 
 Array = Any
 
+STAND_IN = "RAINFUSION_STAND_IN"
+"""Environment variable that names what imitates the device, where the backend cannot know it."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -30,6 +34,16 @@ class Target:
     def capabilities(self) -> Capabilities:
         """What the backend claims for this device."""
         return self.backend.capabilities(self.device)
+
+    @property
+    def revision(self) -> int:
+        """The revision of the backend's results that its announcement states."""
+        return host().announced(self.backend.name).spec.revision
+
+    @property
+    def stand_in(self) -> str:
+        """What imitates the device, by the environment or by the backend; empty for the real thing."""
+        return os.environ.get(STAND_IN) or self.device.stand_in
 
     def objections(self, case: Case) -> str:
         """What the case needs and the backend does not claim; empty where it claims all."""
