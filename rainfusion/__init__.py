@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rainfusion.core.backend import Kernel as Kernel
     from rainfusion.core.errors import RainfusionError as RainfusionError
     from rainfusion.core.errors import SparsityWarning as SparsityWarning
+    from rainfusion.core.errors import SpeedWarning as SpeedWarning
     from rainfusion.core.ir import Plan as Plan
     from rainfusion.core.layout import TokenLayout as TokenLayout
     from rainfusion.core.lower import Executable as Executable
@@ -41,7 +42,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "rainfusion.api": ("attention", "choose", "lower", "register", "unregister", "use"),
     "rainfusion.core.backend": ("Backend", "BackendSpec", "Capabilities", "Device", "Kernel"),
-    "rainfusion.core.errors": ("RainfusionError", "SparsityWarning"),
+    "rainfusion.core.errors": ("RainfusionError", "SparsityWarning", "SpeedWarning"),
     "rainfusion.core.ir": ("Plan",),
     "rainfusion.core.layout": ("TokenLayout",),
     "rainfusion.core.lower": ("Executable",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +13,7 @@ from typing import Any
 from rainfusion.core import lower as lowering
 from rainfusion.core import select
 from rainfusion.core.backend import Backend, BackendSpec, Device
-from rainfusion.core.errors import ProblemError
+from rainfusion.core.errors import ProblemError, SpeedWarning, warn_caller
 from rainfusion.core.ir import Plan
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.lower import Executable
@@ -20,7 +21,7 @@ from rainfusion.core.mask import BlockMask
 from rainfusion.core.planner import plan
 from rainfusion.core.policy import Fixed, Policy, TopK
 from rainfusion.core.problem import AttentionProblem
-from rainfusion.core.select import Choice
+from rainfusion.core.select import Candidate, Choice
 from rainfusion.plugins.manager import host
 
 Array = Any
@@ -78,9 +79,37 @@ def attention(
         ProblemError, LayoutError, PolicyError, MaskError: an argument that does not fit.
         BackendError: the backend is unknown, unavailable, or cannot run this.
 
+    Warns:
+        SparsityWarning: the sparsity cannot be reached; the message names the one that is.
+        SpeedWarning: once for each plan, where dense attention is estimated to be faster.
+
     NaN: a block whose score is NaN is selected last; NaN inside attended tokens spreads as in dense
     attention.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        from rainfusion import traced
+
+        return traced.attention(
+            q,
+            k,
+            v,
+            mask,
+            policy,
+            grid=grid,
+            text=text,
+            text_position=text_position,
+            sparsity=sparsity,
+            block=block,
+            window=window,
+            sink=sink,
+            omitted=omitted,
+            tensor_layout=tensor_layout,
+            scale=scale,
+            return_lse=return_lse,
+            return_mask=return_mask,
+            backend=backend,
+        )
     problem = AttentionProblem.from_tensors(q, k, v, scale=scale, tensor_layout=tensor_layout)
     layout = TokenLayout(grid, text, text_position, window, block, sink)  # type: ignore[arg-type]
     returns = ("%out", *(("%lse",) if return_lse else ()), *(("%mask",) if return_mask else ()))
@@ -160,7 +189,17 @@ def _executable(made: Plan, q: Array, backend: str | None) -> Executable:
         if len(_choices) >= _MOST_CACHED:
             _choices.clear()
         choice = _choices[key] = _choose(made, backend, array=q)
+        _warn_where_skipping_does_not_pay(made, choice.candidate)
     return _lower(choice.candidate.backend, choice.candidate.device, made, False)
+
+
+def _warn_where_skipping_does_not_pay(made: Plan, taken: Candidate) -> None:
+    if taken.speedup is not None and taken.speedup < 1:
+        warn_caller(
+            f"{made.problem.q_len} tokens are too few for skipping blocks to pay: {taken} is estimated to take "
+            f"{1 / taken.speedup:.1f} times as long as dense attention; give sparsity=0 for that",
+            SpeedWarning,
+        )
 
 
 @lru_cache(maxsize=_MOST_CACHED)

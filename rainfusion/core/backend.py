@@ -128,7 +128,8 @@ class Kernel:
         covers: the operation names in order, such as ``("attend",)``.
         build: called once a plan, ``build(segment, plan, device)``; returns a function from the arrays
             named by ``segment.inputs`` to a tuple of those named by ``segment.outputs``. It raises
-            `LoweringError` with the reason where it cannot take this segment.
+            `LoweringError` with the reason where it cannot take this segment. An attribute ``how`` of that
+            function, a few words, is shown by ``print(executable)``.
     """
 
     covers: tuple[str, ...]
@@ -157,6 +158,13 @@ class Backend(ABC):
     def capabilities(self, device: Device) -> Capabilities:
         """What runs on `device`."""
 
+    def objections(self, plan: Plan, device: Device) -> Sequence[str]:
+        """Why this plan cannot run on `device`, one reason an entry; empty where it can.
+
+        By default what `capabilities` say; override it for limits that depend on several things at once.
+        """
+        return self.capabilities(device).objections(plan)
+
     def kernels(self, plan: Plan, device: Device) -> Sequence[Kernel]:
         """Kernels for runs of operations; the longest that fits is taken, the semantics fill the rest."""
         return ()
@@ -164,6 +172,17 @@ class Backend(ABC):
     def preference(self, plan: Plan, device: Device) -> int:
         """Rank among backends that can run this plan: ORACLE 0, PORTABLE 10, VENDOR 50, TUNED 100."""
         return VENDOR
+
+    def speedup(self, plan: Plan, device: Device) -> float | None:
+        """How many times faster than dense attention the plan is estimated to be; None where nothing was measured.
+
+        Below 1, `rainfusion.attention` warns: skipping blocks does not pay there.
+        """
+        return None
+
+    def record(self, executable: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
+        """The result of a call that a framework records into a graph just now, instead of making it; else None."""
+        return None
 
     def check_inputs(self, q: Array, k: Array, v: Array) -> None:
         """Refuse inputs for a reason that neither shape nor dtype shows, with a ProblemError."""

@@ -71,6 +71,10 @@ class SparsityWarning(RainfusionWarning):
     """The requested sparsity cannot be realised; the message names the one that is."""
 
 
+class SpeedWarning(RainfusionWarning):
+    """Skipping blocks is estimated to be slower than dense attention; the message says by how much."""
+
+
 def warn_caller(message: str, category: type[RainfusionWarning]) -> None:
     """Warn at the line outside this package that led here, however deep the call."""
     depth = 1

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -33,7 +35,14 @@ class Step:
     by: str
 
     def __str__(self) -> str:
-        return f"{self.by:<10} {' + '.join(op.name for op in self.segment.ops)}"
+        how = getattr(self.run, "how", "")
+        return f"{self.by:<10} {' + '.join(op.name for op in self.segment.ops)}{how and f'  ({how})'}"
+
+
+EXECUTABLES: WeakValueDictionary[str, Executable] = WeakValueDictionary()
+"""Every executable there is, by its key: for graphs, which can hold text but no Python object."""
+
+_numbers = count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +57,10 @@ class Executable:
     device: Device
     constants: dict[str, Array] = field(repr=False)
     steps: tuple[Step, ...]
+    key: str = field(default_factory=lambda: str(next(_numbers)), repr=False)
+
+    def __post_init__(self) -> None:
+        EXECUTABLES[self.key] = self
 
     def __call__(self, q: Array, k: Array, v: Array, *, mask: BlockMask | None = None) -> Any:
         """Run the plan.
@@ -64,6 +77,9 @@ class Executable:
             ProblemError: other tensors than were planned.
             MaskError: a mask where none is due, none where one is, or one of another problem.
         """
+        recorded = self.backend.record(self, q, k, v, mask)
+        if recorded is not None:
+            return recorded
         values = dict(self.constants)
         self._check_tensors(q, k, v)
         self.backend.check_inputs(q, k, v)
@@ -91,7 +107,7 @@ class Executable:
         if name in self.constants:  # the caller may write into what it gets, and the next call reads this
             value = array_namespace(value).asarray(value, copy=True)
         blocks = self.backend.from_native(value, q, "bool")
-        return BlockMask(blocks, problem.q_len, problem.kv_len, self.plan.block, self.plan.layout)
+        return BlockMask(blocks, problem.q_len, problem.kv_len, self.plan.block, self.plan.layout).vouched()
 
     def _check_tensors(self, q: Array, k: Array, v: Array) -> None:
         problem = self.plan.problem
@@ -233,12 +249,16 @@ def _attend(op: Op, plan: Plan, constant: Callable[[np.ndarray], Array]) -> Call
     return lambda *args: semantics.attend(*args, block=block, scale=plan.problem.scale, bias=bias)
 
 
+def _select(op: Op, plan: Plan, constant: Callable[[np.ndarray], Array]) -> Callable[..., Any]:
+    policy, q, kv = plan.policy, plan.q_axis, plan.kv_axis
+    known = constant(semantics.selection_constant(policy, q, kv))
+    return lambda score: semantics.select(score, policy=policy, q=q, kv=kv, constant=known)
+
+
 _MEANINGS: dict[str, Callable[..., Callable[..., Any]]] = {
     "block_mean": lambda op, plan, constant: lambda x, order: semantics.block_mean(x, order, block=op["block"]),
     "block_score": lambda op, plan, constant: lambda qb, kb: semantics.block_score(qb, kb, scale=op["scale"]),
-    "select": lambda op, plan, constant: (
-        lambda score: semantics.select(score, policy=plan.policy, q=plan.q_axis, kv=plan.kv_axis)
-    ),
+    "select": _select,
     "attend": _attend,
     "merge": lambda op, plan, constant: semantics.merge,
 }

@@ -102,6 +102,11 @@ class BlockMask:
             object.__setattr__(self, "_is_sound", True)
         return self
 
+    def vouched(self) -> BlockMask:
+        """This mask, its content vouched for by who made it: nobody will wait for the device to look at it."""
+        object.__setattr__(self, "_is_sound", True)
+        return self
+
     def _refuse_empty_rows(self) -> None:
         empty = np.argwhere(to_numpy(self.counts) == 0)
         if len(empty):

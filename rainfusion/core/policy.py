@@ -88,6 +88,11 @@ class TopP:
         for name in ("mass", "floor"):
             object.__setattr__(self, name, as_share(getattr(self, name), name, PolicyError, top=True))
 
+    def least(self, kv: BlockedAxis) -> int:
+        """Unprotected key blocks every row keeps, whatever their mass: the floor, and one block a row (Law 4)."""
+        needed = math.ceil(self.floor * kv.blocks) - (kv.blocks - kv.free_blocks)
+        return max(needed, 1 if kv.free_blocks == kv.blocks else 0)
+
     def __str__(self) -> str:
         return f"topp(mass={self.mass:g}, floor={self.floor:g})"
 

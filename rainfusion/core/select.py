@@ -23,11 +23,16 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A backend that can run the plan on a device; the highest preference is taken."""
+    """A backend that can run the plan on a device; the highest preference is taken.
+
+    Attributes:
+        speedup: against dense attention, as the backend estimates it (`Backend.speedup`).
+    """
 
     backend: Backend
     device: Device
     preference: int
+    speedup: float | None = None
 
     def __str__(self) -> str:
         return f"{self.backend.name} on {self.device}"
@@ -100,8 +105,12 @@ def _candidates_of(
 ) -> tuple[list[Candidate], Refusal | None]:
     try:
         devices = _devices(backend, array, device)
-        objections = {d: backend.capabilities(d).objections(plan) for d in devices}
-        able = [Candidate(backend, d, backend.preference(plan, d)) for d in devices if not objections[d]]
+        objections = {d: backend.objections(plan, d) for d in devices}
+        able = [
+            Candidate(backend, d, backend.preference(plan, d), backend.speedup(plan, d))
+            for d in devices
+            if not objections[d]
+        ]
     except (Exception, SystemExit) as error:  # a backend may fail in any way; that is a reason, not our failure
         return [], Refusal(backend.name, "probe", f"{type(error).__name__}: {error}")
     if not devices:

@@ -53,31 +53,53 @@ def block_score(qb: Array, kb: Array, *, scale: float) -> Array:
     return xp.reshape(scores, (batch, heads, rows, columns))
 
 
-def select(score: Array, *, policy: Policy, q: BlockedAxis, kv: BlockedAxis) -> Array:
-    """The blocks to attend, bool like `score`: the policy's choice among unprotected blocks, all protected ones."""
+def select(score: Array, *, policy: Policy, q: BlockedAxis, kv: BlockedAxis, constant: Array | None = None) -> Array:
+    """The blocks to attend, bool like `score`: the policy's choice among unprotected blocks, all protected ones.
+
+    Args:
+        constant: `selection_constant` on the device of `score`, for callers who copy it there once; None copies
+            it now, for which an accelerator waits.
+    """
     xp = array_namespace(score)
     score = xp.where(xp.isnan(score), xp.full_like(score, -math.inf), score)
     free = score[..., : q.free_blocks, :]
-    match policy:
-        case TopK():
-            kept = _top_k(free[..., : kv.free_blocks], policy.row_quotas(q, kv), xp)
-        case TopP():
-            kept = _top_p(free, policy, kv, xp)
-        case _:
-            raise PolicyError(f"{policy} selects nothing by score")
+    if constant is None:
+        constant = xp.asarray(selection_constant(policy, q, kv), device=device_of(score))
+    if isinstance(policy, TopP):
+        kept = _top_p(free, policy, kv, constant, xp)
+    else:
+        kept = _top_k(free[..., : kv.free_blocks], constant, xp)
     protected_columns = xp.ones_like(free[..., kv.free_blocks :], dtype=xp.bool)
     protected_rows = xp.ones_like(score[..., q.free_blocks :, :], dtype=xp.bool)
     return xp.concat([xp.concat([kept, protected_columns], axis=-1), protected_rows], axis=-2)
 
 
-def _top_k(score: Array, quotas: np.ndarray, xp: Any) -> Array:
+def selection_constant(policy: Policy, q: BlockedAxis, kv: BlockedAxis) -> np.ndarray:
+    """What `select` reads beside the scores, int64.
+
+    The blocks that each unprotected row takes, ``[free q blocks]``, for `TopK`; the tokens in every key block for
+    `TopP`.
+
+    Raises:
+        PolicyError: a policy that selects nothing by score.
+    """
+    match policy:
+        case TopK():
+            return policy.row_quotas(q, kv)
+        case TopP():
+            return kv.counts
+        case _:
+            raise PolicyError(f"{policy} selects nothing by score")
+
+
+def _top_k(score: Array, quotas: Array, xp: Any) -> Array:
     """Exactly quotas[i] columns of row i, the highest first, ties to the lower index (Law 2).
 
     What beats the quota-th best score is in; what equals it fills the places left, from the lowest index.
     """
     if score.shape[-1] == 0:
         return xp.astype(score, xp.bool)
-    quota = xp.asarray(quotas, device=device_of(score))[:, None]
+    quota = quotas[:, None]
     place = xp.broadcast_to(xp.clip(quota - 1, min=0), (*score.shape[:-1], 1))
     threshold = xp.take_along_axis(xp.sort(score, axis=-1, descending=True), place, axis=-1)
     better, equal = score > threshold, score == threshold
@@ -85,10 +107,9 @@ def _top_k(score: Array, quotas: np.ndarray, xp: Any) -> Array:
     return better | (equal & (xp.cumulative_sum(equal, axis=-1, dtype=xp.int32) <= left))
 
 
-def _top_p(score: Array, policy: TopP, kv: BlockedAxis, xp: Any) -> Array:
+def _top_p(score: Array, policy: TopP, kv: BlockedAxis, counts: Array, xp: Any) -> Array:
     """Per row the smallest set of unprotected columns that, with the protected ones, reaches the mass."""
-    counts = xp.asarray(kv.counts, device=device_of(score), dtype=score.dtype)
-    logits = score + xp.log(counts)
+    logits = score + xp.log(xp.astype(counts, score.dtype))
     logits = xp.clip(logits, max=xp.finfo(logits.dtype).max)  # an infinite score takes all the mass
     peak = xp.max(logits, axis=-1, keepdims=True)
     weights = xp.exp(logits - xp.where(xp.isfinite(peak), peak, xp.zeros_like(peak)))
@@ -98,10 +119,8 @@ def _top_p(score: Array, policy: TopP, kv: BlockedAxis, xp: Any) -> Array:
     sorted_weights = xp.take_along_axis(free, best_first, axis=-1)
     before = xp.cumulative_sum(sorted_weights, axis=-1) - sorted_weights
     before = before + xp.sum(protected, axis=-1, keepdims=True)
-    needed = math.ceil(policy.floor * kv.blocks) - (kv.blocks - kv.free_blocks)
-    least = max(needed, 1 if kv.free_blocks == kv.blocks else 0)
     place = xp.arange(kv.free_blocks, device=device_of(score))
-    kept = (before < policy.mass * total) | (place < least)
+    kept = (before < policy.mass * total) | (place < policy.least(kv))
     return xp.take_along_axis(kept, xp.argsort(best_first, axis=-1, stable=True), axis=-1)
 
 

@@ -7,6 +7,7 @@ failed stands in the report of `rainfusion devices` with its reason.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -206,13 +207,21 @@ def _host() -> PluginHost:
     return PluginHost()
 
 
+_broken: dict[str, str] = {}  # packages whose import failed half-way, and what it said
+
+
 def load(spec: BackendSpec) -> Backend:
     """Import a spec's target and make the backend.
 
     Raises:
         BackendUnavailableError: naming what is missing or what failed.
     """
+    environ = dict(os.environ)
     try:
+        broken = next((name for name in spec.requires if _is_half_imported(name)), None)
+        if broken:
+            said = _broken.get(broken, "its import failed in this process before")
+            raise BackendUnavailableError(f"backend {spec.name!r} needs {broken}: {said}", spec.install)
         missing = [name for name in spec.requires if find_spec(name) is None]
         if missing:
             reason = f"backend {spec.name!r} needs {', '.join(missing)}, not installed"
@@ -222,10 +231,24 @@ def load(spec: BackendSpec) -> Backend:
     except BackendUnavailableError:
         raise
     except FAILURES as error:  # importing a vendor's stack fails in every way there is
+        _restore(environ)
+        _broken.update({name: _said(error) for name in spec.requires if _is_half_imported(name)})
         raise BackendUnavailableError(f"backend {spec.name!r} does not load: {_said(error)}", spec.install) from error
     if not isinstance(made, Backend) or getattr(made, "name", None) != spec.name:
         raise BackendUnavailableError(f"{spec.target} is not a Backend with name {spec.name!r}")
     return made
+
+
+def _is_half_imported(package: str) -> bool:
+    """Whether an import of `package` failed and left modules behind; to import it again may end the interpreter."""
+    return package not in sys.modules and any(name.startswith(f"{package}.") for name in [*sys.modules])
+
+
+def _restore(environ: Mapping[str, str]) -> None:
+    """Take back what a failed import has done to the environment, which child processes inherit."""
+    for key in {*os.environ} - {*environ}:
+        del os.environ[key]
+    os.environ.update({key: value for key, value in environ.items() if os.environ.get(key) != value})
 
 
 def checked_spec(spec: Any) -> BackendSpec:

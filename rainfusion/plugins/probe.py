@@ -74,6 +74,9 @@ def probe(plugins: PluginHost, name: str) -> list[DeviceStatus]:
         return [DeviceStatus(name, UNAVAILABLE, stage="load", reason=error.reason, install=error.install)]
     try:
         found = [DeviceStatus(name, READY, str(device), device.name) for device in backend.devices()]
+    except BackendUnavailableError as error:
+        how = error.install or install
+        return [DeviceStatus(name, UNAVAILABLE, stage="probe", reason=error.reason, install=how)]
     except FAILURES as error:  # a vendor's probe fails in every way there is
         reason = f"{type(error).__name__}: {error}"
         return [DeviceStatus(name, UNAVAILABLE, stage="probe", reason=reason, install=install)]

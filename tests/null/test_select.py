@@ -50,8 +50,8 @@ def test_exactly_the_quota_of_best_blocks_with_ties_to_the_lower_index(score, sp
     for b, h, i in np.ndindex(*score.shape[:2], sides["q"].free_blocks):
         free = score[b, h, i, : sides["kv"].free_blocks]
         expected[b, h, i, : free.size] = np.isin(np.arange(free.size), ranked(free)[: quotas[i]])
-    for array in (score, torch.from_numpy(score)):
-        kept = semantics.select(array, policy=policy, **sides)
+    for array, constant in ((score, None), (torch.from_numpy(score), torch.from_numpy(quotas))):
+        kept = semantics.select(array, policy=policy, **sides, constant=constant)
         np.testing.assert_array_equal(np.asarray(kept), expected)
 
 

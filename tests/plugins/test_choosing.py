@@ -101,6 +101,13 @@ def test_one_that_cannot_is_passed_over_with_every_reason() -> None:
     assert refusal.reason == "no dtype float64 (it has float32); no returning the log-sum-exp"
 
 
+def test_a_backend_may_object_for_reasons_that_no_capability_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Picky, "objections", lambda self, plan, device: ["its memory is full"])
+    choice = rainfusion.choose(PLAN, like=X)
+    assert choice.candidate.backend.name != "picky"
+    assert [r.reason for r in choice.refusals if r.backend == "picky"] == ["its memory is full"]
+
+
 def test_one_that_crashes_is_passed_over_with_its_words() -> None:
     (refusal,) = (r for r in rainfusion.choose(PLAN, like=X).refusals if r.backend == "crashing")
     assert (refusal.stage, refusal.reason) == ("probe", "OSError: the driver went away")

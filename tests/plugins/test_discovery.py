@@ -133,6 +133,35 @@ def test_requirements_are_looked_up_not_imported(site: Any) -> None:
     assert said.startswith("pip install no-such-stack: backend 'needy' needs no_such_stack, not installed")
 
 
+def test_a_package_that_failed_to_import_is_not_imported_again(site: Any, plugin: Any) -> None:
+    (site.folder / "halfway").mkdir()
+    start = "import os, halfway.part\nos.environ['HALFWAY'] = 'more'\nraise OSError('no driver')\n"
+    (site.folder / "halfway" / "__init__.py").write_text(start)
+    (site.folder / "halfway" / "part.py").write_text("print('imported')\n")
+    (site.folder / "floats_backend.py").write_text("import halfway\n")
+    code = """
+        import contextlib, io, os
+        from rainfusion import BackendSpec
+        from rainfusion.core.errors import BackendUnavailableError
+        from rainfusion.plugins.manager import load
+
+        said, printed = [], io.StringIO()
+        for name in ("first", "second"):
+            try:
+                with contextlib.redirect_stdout(printed):
+                    load(BackendSpec(name, "floats_backend:Floats", requires=("halfway",)))
+            except BackendUnavailableError as error:
+                said.append(error.reason)
+        answer = [*said, printed.getvalue(), os.environ["HALFWAY"]]
+    """
+    assert site.ask(code, HALFWAY="as it was") == [
+        "backend 'first' does not load: OSError: no driver",
+        "backend 'second' needs halfway: OSError: no driver",
+        "imported\n",
+        "as it was",
+    ]
+
+
 def test_two_claims_to_a_name_are_an_error_when_it_is_used(site: Any, plugin: Any) -> None:
     site.add_demo()
     site.add("acme-too", {"acme-too": "too_plugin"}, {"too_plugin.py": plugin(acme="elsewhere:Acme")})

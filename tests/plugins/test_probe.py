@@ -38,6 +38,7 @@ def probed(site: Any, plugin: Any, probe: str) -> dict[str, list[str]]:
         ("os.abort()", "the probing process ended with status -6"),
         ("sys.exit('no licence')", "SystemExit: no licence"),
         ("raise OSError('no driver')", "OSError: no driver"),
+        ("from rainfusion.core.errors import BackendUnavailableError as E; raise E('too old', 'update')", "too old"),
         ("import ctypes; ctypes.string_at(0)", "the probing process ended with status -11"),
     ],
 )

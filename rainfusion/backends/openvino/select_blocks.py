@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import openvino as ov
 from openvino import opset13 as op
@@ -56,9 +54,7 @@ def _top_p(score: ov.Node, free: ov.Node, policy: TopP, kv: BlockedAxis) -> ov.N
     before = op.cumsum(ranked, op.constant(np.int64(_LAST)), exclusive=True)
     if kv.free_blocks < kv.blocks:
         before = op.add(before, op.reduce_sum(_rest(weights, kv.free_blocks, 3), _axis(_LAST), True))
-    needed = math.ceil(policy.floor * kv.blocks) - (kv.blocks - kv.free_blocks)
-    least = max(needed, 1 if kv.free_blocks == kv.blocks else 0)
-    floor = op.constant(np.arange(kv.free_blocks) < least)
+    floor = op.constant(np.arange(kv.free_blocks) < policy.least(kv))
     wanted = op.logical_or(op.less(before, op.multiply(total, _const(policy.mass))), floor)
     return _scattered(free, best, op.convert(wanted, _F32))
 

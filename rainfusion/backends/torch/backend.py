@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from array_api_compat import is_torch_array
 
+from rainfusion.backends import torch_graph
 from rainfusion.backends.interop import as_kind_of, as_numpy, on_cpu, refuse_gradients
 from rainfusion.backends.torch.attend import build_attend, build_attend_with_summary
 from rainfusion.core.backend import PORTABLE, Backend, Capabilities, Device, Kernel
 from rainfusion.core.ir import Plan
+from rainfusion.core.lower import Executable
+from rainfusion.core.mask import BlockMask
 from rainfusion.core.problem import DTYPES
 
 Array = Any
@@ -47,6 +50,9 @@ class TorchBackend(Backend):
             Kernel(("attend",), build_attend),
             Kernel(("attend", "attend", "merge"), build_attend_with_summary),
         ]
+
+    def record(self, executable: Executable, q: Array, k: Array, v: Array, mask: BlockMask | None) -> Any:
+        return torch_graph.run(executable, q, k, v, mask) if torch_graph.is_tracing() else None
 
     def check_inputs(self, q: Array, k: Array, v: Array) -> None:
         refuse_gradients(q, k, v)

@@ -46,8 +46,8 @@ class Target:
         return os.environ.get(STAND_IN) or self.device.stand_in
 
     def objections(self, case: Case) -> str:
-        """The capabilities that the case needs and the backend does not claim; empty where it claims all."""
-        return "; ".join(self.capabilities.objections(case.plan()))
+        """What the case needs and the backend does not claim; empty where it claims all."""
+        return "; ".join(self.backend.objections(case.plan(), self.device))
 
     def tensors(self, case: Case) -> tuple[Array, Array, Array]:
         """The case's q, k, v on the device: in its dtype, tensor layout and strides."""

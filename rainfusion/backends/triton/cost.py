@@ -1,0 +1,61 @@
+"""How a plan's time compares with dense attention, on chips where both were measured.
+
+Short sequences are where skipping cannot pay: a handful of launches and one pass over q, k and v come first, and dense
+attention is done before they are. The estimate is meant to tell that, not to predict a benchmark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rainfusion.core.ir import Plan
+from rainfusion.core.problem import AttentionProblem
+
+_BYTES = 2  # a channel in half precision, the only one with figures
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured on a chip.
+
+    Attributes:
+        dense, sparse: operations a second of torch's dense attention and of ours, on the pairs it attends.
+        bandwidth: bytes a second while tokens are folded into blocks.
+        dense_call, sparse_call: seconds a call takes at least, which Python and launches need.
+    """
+
+    dense: float
+    sparse: float
+    bandwidth: float
+    dense_call: float
+    sparse_call: float
+
+
+# By architecture and head dim: `benchmarks/cuda_attention.py --parts lengths` on an H100.
+MEASURED: dict[tuple[str, int], Rates] = {
+    ("sm_90", 128): Rates(600e12, 600e12, 2.4e12, 30e-6, 250e-6),
+    ("sm_90", 64): Rates(450e12, 450e12, 2.4e12, 30e-6, 250e-6),
+}
+
+
+def speedup(plan: Plan, architecture: str) -> float | None:
+    """How many times faster than dense attention the plan is estimated to be; None where that was not measured."""
+    problem = plan.problem
+    rates = MEASURED.get((architecture, problem.head_dim))
+    half = problem.dtype in ("float16", "bfloat16")
+    if rates is None or not half or plan.flops is None or plan.block != (128, 128):
+        return None
+    dense = max(problem.dense_flops / rates.dense, rates.dense_call)
+    if plan.is_dense:
+        return 1.0
+    sparse = plan.flops / rates.sparse + _folded_bytes(plan, problem) / rates.bandwidth
+    return dense / max(sparse, rates.sparse_call)
+
+
+def _folded_bytes(plan: Plan, problem: AttentionProblem) -> int:
+    """Bytes read for the means, and read and written where tokens are put into block order."""
+    q = problem.batch * problem.heads * problem.q_len * problem.head_dim * _BYTES
+    kv = problem.batch * problem.kv_heads * problem.kv_len * problem.head_dim * _BYTES
+    if plan.order == "given" or plan.layout.grid is None:
+        return q + kv * (2 if plan.omitted == "summary" else 1)
+    return 2 * (q + 2 * kv)

@@ -1,0 +1,333 @@
+"""Lowering to torch_npu's operators, argument by argument, under the schemas that the wheel lists."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from emulated import A2, A3, ASCEND_950, CPU, Emulated, assert_fits, cases, rung, target
+
+from rainfusion.backends.torch_npu import block_means, detection, fusion_attention, ladder, operators
+from rainfusion.backends.torch_npu.chips import CHIPS, chip_of
+from rainfusion.backends.torch_npu.rung import Wanted
+from rainfusion.core.errors import BackendUnavailableError, LoweringError, RainfusionWarning
+from rainfusion.core.layout import TokenLayout
+from rainfusion.core.lower import lower
+from rainfusion.core.mask import BlockMask
+from rainfusion.core.planner import plan
+from rainfusion.core.policy import Fixed, TopK
+from rainfusion.core.problem import AttentionProblem
+from rainfusion.plugins.conformance.oracle import expected
+
+BLOCK_SPARSE, FUSION = "npu::npu_block_sparse_attention", "npu::npu_fusion_attention"
+REGISTERED = Emulated().torch_npu()
+
+
+@pytest.fixture
+def calls():
+    REGISTERED.calls.clear()
+    return REGISTERED.calls
+
+
+def some_plan(*, block=(128, 128), dim=64, dtype="bfloat16", batch=2, heads=4, kv_heads=2, length=300, **how):
+    problem = AttentionProblem(batch, heads, length, length, dim, dtype, kv_heads)
+    return plan(problem, TokenLayout(block=block), TopK(0.5), **how)
+
+
+def call_once(monkeypatch, made, chip=A2):
+    on = target(monkeypatch, chip)
+    p = made.problem
+    q, k, v = (torch.randn(shape).to(getattr(torch, p.dtype)) for shape in (p.q_shape, p.kv_shape, p.kv_shape))
+    return on.lower(made)(q, k, v)
+
+
+@pytest.mark.parametrize("operator", [BLOCK_SPARSE, FUSION])
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+@pytest.mark.parametrize("needs_lse", [False, True])
+def test_every_argument_is_declared_with_that_type(operator, chip, needs_lse):
+    made = some_plan(dim=80)
+    q, k, v = (
+        torch.zeros(shape, dtype=torch.bfloat16) for shape in (made.problem.q_shape, *[made.problem.kv_shape] * 2)
+    )
+    mask = torch.ones((2, 4, 3, 3), dtype=torch.bool)
+    wanted = replace(Wanted.by(made, chip), needs_lse=needs_lse)
+    given = rung(operator).arguments(q, k, v, mask, wanted)
+    assert set(given) == rung(operator).keywords
+    assert_fits(operator, given)
+
+
+@pytest.mark.parametrize(("chip", "precise"), [(A2, 0), (A3, 0), (ASCEND_950, 4)], ids=["A2", "A3", "950"])
+def test_what_block_sparse_attention_is_given(monkeypatch, calls, chip, precise):
+    call_once(monkeypatch, some_plan(block=(64, 128), dim=80), chip)
+    ((operator, given),) = calls
+    mask = given.pop("block_sparse_mask")
+    tensors = {name: given.pop(name) for name in ("query", "key", "value")}
+    assert operator == BLOCK_SPARSE
+    assert (mask.dtype, mask.shape) == (torch.int8, (2, 4, 5, 3))
+    assert [x.shape for x in tensors.values()] == [(2, 4, 300, 128), (2, 2, 300, 128), (2, 2, 300, 128)]
+    assert all(not x[..., 80:].any() for x in tensors.values())
+    assert given == {
+        "block_shape": [64, 128],
+        "q_input_layout": "BNSD",
+        "kv_input_layout": "BNSD",
+        "num_key_value_heads": 2,
+        "scale_value": 80**-0.5,  # that of the head dim before padding
+        "inner_precise": precise,
+        "actual_seq_lengths": [300, 300],
+        "actual_seq_lengths_kv": [300, 300],
+        "softmax_lse_flag": 0,
+    }
+
+
+def test_the_dense_mask_is_true_where_tokens_are_left_out(monkeypatch, calls):
+    call_once(monkeypatch, some_plan(block=(32, 64)))
+    ((operator, given),) = calls
+    assert operator == FUSION
+    assert (given["head_num"], given["input_layout"], given["sparse_mode"], given["scale"]) == (4, "BNSD", 1, 64**-0.5)
+    mask = given["atten_mask"]
+    assert (mask.dtype, mask.shape) == (torch.bool, (2, 4, 300, 300))
+    assert mask.float().mean() == pytest.approx(0.5, abs=0.03)
+    assert all(given[name] is None for name in ("pse", "padding_mask", "prefix", "actual_seq_qlen", "dropout_mask"))
+
+
+def test_dense_plans_have_no_mask(monkeypatch, calls):
+    made = plan(AttentionProblem(1, 2, 300, 300, 200, "float16"), policy=TopK(0.0))
+    call_once(monkeypatch, made)
+    ((operator, given),) = calls
+    assert (operator, given["atten_mask"], given["sparse_mode"]) == (FUSION, None, 0)
+
+
+def test_summaries_are_a_second_attention_in_float32(monkeypatch, calls):
+    call_once(monkeypatch, some_plan(omitted="summary", length=320))
+    (first, kept), (second, means) = calls
+    assert (first, second) == (BLOCK_SPARSE, FUSION)
+    assert kept["softmax_lse_flag"] == 1
+    assert {means[name].dtype for name in ("query", "key", "value", "pse")} == {torch.float32}
+    assert means["key"].shape == (2, 2, 3, 64)
+    assert means["scale"] == 1.0  # the bias is scaled with the logits, so the queries are scaled before
+    torch.testing.assert_close(means["query"], kept["query"].float() / 8)
+    assert means["pse"].shape == (2, 4, 1, 3)
+    np.testing.assert_allclose(means["pse"][0, 0, 0], np.log([128, 128, 64]), rtol=1e-6)
+    left_out = means["atten_mask"]
+    assert left_out.shape == (2, 4, 320, 3)
+    assert torch.equal(left_out[:, :, ::128], kept["block_sparse_mask"].bool())
+
+
+def test_summaries_in_parts_give_the_same(monkeypatch, calls):
+    (case,) = cases("summary_of_ragged_blocks")
+    whole = target(monkeypatch).under(case, case.mask(), lse=True)
+    monkeypatch.setattr(block_means, "LARGEST_PART", 1)
+    parts = target(monkeypatch).under(case, case.mask(), lse=True)
+    assert [operator for operator, _ in calls] == [BLOCK_SPARSE, FUSION, BLOCK_SPARSE, *[FUSION] * 6]
+    np.testing.assert_allclose(parts.out, whole.out, atol=1e-6)
+    np.testing.assert_allclose(parts.lse, whole.lse, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        *("text_at_the_end", "less_than_a_block", "batch", "one_key_head", "more_keys", "order_on_the_keys"),
+        *("head_dim_24", "blocks_of_32", "long_query_blocks", "all_together", "dense", "summary_of_ragged_blocks"),
+        *("large_logits", "poisoned_block_masked_out", "poisoned_block_in_a_video", "nan_query"),
+    ),
+    ids=str,
+)
+def test_cases_are_right_on_the_dense_mask_alone(monkeypatch, case):
+    check(target(monkeypatch, A2, rung(FUSION)), case)
+
+
+@pytest.mark.parametrize("case", cases("video", "all_together", "head_dim_80", "poisoned_block_masked_out"), ids=str)
+def test_cases_are_right_on_the_block_mask_alone(monkeypatch, case):
+    check(target(monkeypatch, A2, rung(BLOCK_SPARSE)), case)
+
+
+def check(on, case):
+    mask = None if case.plan().is_dense else case.mask()
+    got, right = on.under(case, mask, lse=True), expected(case, mask)
+    np.testing.assert_allclose(got.out, right.out, rtol=0, atol=right.out_limit)
+    np.testing.assert_allclose(got.lse, right.lse, rtol=0, atol=right.lse_limit)
+
+
+def test_each_tensor_is_put_in_order_once(monkeypatch):
+    (case,) = cases("text_at_the_end")
+    on = target(monkeypatch)
+    ordered = []
+    index_select = torch.Tensor.index_select
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda x, *a: ordered.append(x.shape) or index_select(x, *a))
+    on.run(case, case.plan(returns=("%out", "%mask")))
+    assert len(ordered) == 4  # q, k and v on the way in, the output on the way back
+    ordered.clear()
+    on.run(case, case.plan(order="given", returns=("%out", "%mask")))
+    assert not ordered
+
+
+def test_the_executable_says_which_operator_attends(monkeypatch):
+    lowered = target(monkeypatch).lower(some_plan())
+    assert str(lowered).endswith(f"block_mean + block_mean + block_score + select + attend  (attend by {BLOCK_SPARSE})")
+    assert {step.by for step in lowered.steps} == {"torch_npu"}
+
+
+def objections(monkeypatch, made, chip=A2):
+    return target(monkeypatch, chip).backend.objections(made, CPU)
+
+
+def test_beyond_the_memory_cap_every_rung_says_why_not(monkeypatch):
+    made = some_plan(block=(64, 64), length=75_600, heads=40, kv_heads=40, batch=1)
+    reasons = objections(monkeypatch, made)
+    assert reasons == [
+        f"{BLOCK_SPARSE}: no key blocks of 64 (multiples of 128)",
+        "mindiesd::block_sparse_attention: no key blocks of 64 (multiples of 128)",
+        "mindiesd::rainfusionattention: no key blocks of 64 (multiples of 128)",
+        f"{FUSION}: its mask, token by token, would take 212.9 GiB (at most 2 GiB)",
+    ]
+    with pytest.raises(LoweringError, match=r"212\.9 GiB"):
+        lower(made, target(monkeypatch).backend, CPU, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (some_plan(dim=800), "no head dim 800 (at most 768)"),
+        (plan(AttentionProblem(1, 300, 300, 300, 64, "float16"), policy=TopK(0.0)), "no 300 heads (at most 256)"),
+        (
+            plan(AttentionProblem(1, 1, 2**21, 300, 64, "float16"), policy=TopK(0.0)),
+            "no 2097152 tokens (at most 1048576)",
+        ),
+        (
+            some_plan(heads=300, kv_heads=300, omitted="summary"),
+            "no omitted='summary': npu::npu_fusion_attention: no 300 heads (at most 256)",
+        ),
+        (some_plan(dtype="float32"), "no dtype float32 (it has bfloat16, float16)"),
+    ],
+    ids=["head dim", "heads", "tokens", "summary", "dtype"],
+)
+def test_limits(monkeypatch, made, reason):
+    assert any(reason in said for said in objections(monkeypatch, made))
+
+
+def test_plans_that_return_only_the_mask_need_no_operator(monkeypatch):
+    monkeypatch.setattr(ladder, "LADDER", ())
+    assert objections(monkeypatch, some_plan(returns=("%mask",), block=(64, 64), length=75_600)) == []
+
+
+def without(*operators_gone):
+    """`operators._operator` as on a CANN that lacks some functions: they are registered, and fail when called."""
+    real = operators._operator
+
+    def lacking(operator):
+        found = real(operator)
+        if operator not in operators_gone:
+            return found
+
+        class Gone:
+            _schema = found._schema
+
+            def __call__(self, **arguments):
+                name = "aclnnSome"
+                raise RuntimeError(f"{name} or {name}GetWorkspaceSize not in libopapi.so, or libopapi.so not found.")
+
+        return Gone()
+
+    return lacking
+
+
+def test_a_missing_function_steps_down_once_and_says_so(monkeypatch, calls):
+    (case,) = cases("video")
+    on = target(monkeypatch)
+    lowered = on.lower(case.plan(policy=Fixed()))
+    tensors, mask = on.tensors(case), on.mask(case.mask())
+    right = on.backend.to_host(lowered(*tensors, mask=mask))
+    monkeypatch.setattr(operators, "_operator", without(BLOCK_SPARSE))
+    with pytest.warns(RainfusionWarning, match=f"{BLOCK_SPARSE}: the installed CANN lacks it .*using {FUSION} instead"):
+        stepped = on.backend.to_host(lowered(*tensors, mask=mask))
+    np.testing.assert_allclose(stepped, right, atol=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowered(*tensors, mask=mask)
+    assert [operator for operator, _ in calls] == [BLOCK_SPARSE, FUSION, FUSION]
+    assert f"attend by {FUSION}" in str(lowered)
+
+
+def test_the_last_rung_missing_is_an_error_with_every_reason(monkeypatch):
+    (case,) = cases("video")
+    on = target(monkeypatch)
+    lowered, tensors = on.lower(case.plan()), on.tensors(case)
+    monkeypatch.setattr(operators, "_operator", without(BLOCK_SPARSE, FUSION))
+    with pytest.warns(RainfusionWarning), pytest.raises(LoweringError, match=r"lacks it.*not installed.*lacks it"):
+        lowered(*tensors)
+    assert len(on.backend.objections(case.plan(), CPU)) == 4  # chosen no more
+    assert "lacks it" in str(lowered)
+
+
+def test_summaries_need_fusion_attention(monkeypatch):
+    (case,) = cases("summary")
+    on = target(monkeypatch)
+    lowered, tensors = on.lower(case.plan()), on.tensors(case)
+    monkeypatch.setattr(operators, "_operator", without(FUSION))
+    with pytest.raises(BackendUnavailableError, match=f"{FUSION}: the installed CANN lacks it"):
+        lowered(*tensors)
+    (reason,) = on.backend.objections(case.plan(), CPU)
+    assert reason.startswith(f"no omitted='summary': {FUSION}: the installed CANN lacks it")
+
+
+def test_other_errors_are_not_taken_for_a_missing_function(monkeypatch):
+    (case,) = cases("video")
+    on = target(monkeypatch)
+    lowered, tensors = on.lower(case.plan()), on.tensors(case)
+
+    def out_of_memory(**arguments):
+        raise RuntimeError("NPU out of memory")
+
+    out_of_memory._schema = operators._operator(BLOCK_SPARSE)._schema
+    monkeypatch.setattr(operators, "_operator", lambda operator: out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lowered(*tensors)
+    assert operators._lacking == {}
+
+
+def test_chips_by_their_numbers():
+    found = {soc: chip.name for soc in range(1000) if (chip := chip_of(soc))}
+    assert found == {**dict.fromkeys(range(220, 226), "A2"), **dict.fromkeys(range(250, 256), "A3"), 260: "950"}
+
+
+def test_an_unknown_chip_is_named(monkeypatch):
+    class Old:
+        class npu:
+            @staticmethod
+            def get_soc_version():
+                return 104
+
+    monkeypatch.setattr(detection, "torch_npu", lambda: Old)
+    detection.chip.cache_clear()
+    with pytest.raises(BackendUnavailableError, match=r"SoC number is 104.*A2 \(220 to 225\), A3 \(250 to 255\), 950"):
+        detection.chip()
+
+
+def test_nothing_not_finite_goes_to_the_dense_kernel(monkeypatch, calls):
+    (case,) = cases("poisoned_block_masked_out")
+    target(monkeypatch, A2, rung(FUSION)).under(case, case.mask(), lse=True)
+    assert all(given[name].isfinite().all() for _, given in calls for name in ("key", "value"))
+
+
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_rows_that_attend_to_a_bad_number_are_spoiled_and_no_others(monkeypatch, where):
+    on = target(monkeypatch, A2, rung(FUSION))
+    q, k, v = (torch.randn(1, 1, 96, 16).half() for _ in range(3))
+    (k if where == "key" else v)[0, 0, 40, 3] = torch.nan
+    mask = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)[None, None]
+    made = plan(AttentionProblem(1, 1, 96, 96, 16, "float16"), TokenLayout(block=32), Fixed(), returns=("%out", "%lse"))
+    out, lse = on.lower(made)(q, k, v, mask=BlockMask(mask, 96, 96, (32, 32)))
+    bad_rows = torch.arange(96) >= 32
+    bad = bad_rows[:, None] & (torch.ones(16, dtype=torch.bool) if where == "key" else torch.arange(16) == 3)
+    assert torch.equal(out[0, 0].isnan(), bad)
+    assert torch.equal(lse[0, 0].isnan(), bad_rows if where == "key" else torch.zeros(96, dtype=torch.bool))
+
+
+def test_the_limit_of_the_dense_mask_is_in_bytes(monkeypatch):
+    made = some_plan(block=(64, 64), batch=1, heads=2, kv_heads=2)
+    assert objections(monkeypatch, made) == []
+    monkeypatch.setattr(fusion_attention, "LARGEST_MASK", 2 * 300 * 300 - 1)
+    assert len(objections(monkeypatch, made)) == 4

@@ -1,0 +1,170 @@
+"""The Triton backend as a whole: what it takes over, what it leaves alone, what it says of itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rainfusion
+from rainfusion import AttentionProblem, Fixed, TokenLayout, TopK, TopP
+from rainfusion.backends.triton import cost
+from rainfusion.core.backend import Device
+from rainfusion.core.errors import SpeedWarning
+from rainfusion.core.select import Candidate
+from rainfusion.plugins.manager import host
+
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
+GRID = (3, 4, 8)
+LAYOUT = TokenLayout(GRID, block=16)
+
+
+def problem(**settings: Any) -> AttentionProblem:
+    return AttentionProblem(**{"batch": 1, "heads": 2, "q_len": 96, "kv_len": 96, "head_dim": 16, **settings})
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 2, 96, 16, generator=generator).to(DEVICE, dtype) for _ in range(3)]
+
+
+PLANS = {
+    "whole plan": {"policy": TopK(0.3)},
+    "summaries": {"policy": TopK(0.3), "omitted": "summary"},
+    "share of the mass": {"policy": TopP(0.5)},
+    "mask only": {"policy": TopK(0.3), "returns": ("%mask",)},
+    "given mask": {"policy": Fixed()},
+    "given mask and summaries": {"policy": Fixed(), "omitted": "summary"},
+    "order given": {"policy": TopK(0.3), "order": "given"},
+    "dense": {"policy": TopK(0.0)},
+    "everything": {"policy": TopK(0.3), "omitted": "summary", "returns": ("%out", "%lse", "%mask")},
+}
+
+
+@pytest.mark.parametrize("settings", PLANS.values(), ids=PLANS)
+def test_every_plan_is_one_step_of_its_own(settings: dict[str, Any]) -> None:
+    plan = rainfusion.plan(problem(), LAYOUT, **settings)
+    run = rainfusion.lower(plan, device=DEVICE, backend="triton", strict=True)
+    assert [step.by for step in run.steps] == ["triton"]
+
+
+def test_wide_heads_are_left_to_the_semantics() -> None:
+    plan = rainfusion.plan(problem(head_dim=320), LAYOUT, TopK(0.3))
+    run = rainfusion.lower(plan, device=DEVICE, backend="triton")
+    assert [step.by for step in run.steps] == ["triton", "semantics"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"omitted": "summary"}, {"policy": TopP(0.5)}], ids=str)
+@pytest.mark.parametrize("tensor_layout", ["bhsd", "bshd"])
+def test_output_without_a_log_sum_exp(settings: dict[str, Any], tensor_layout: str) -> None:
+    """The kit always asks for the log-sum-exp; without one, other kernels may run."""
+    q, k, v = (x if tensor_layout == "bhsd" else x.transpose(1, 2).contiguous() for x in tensors())
+    arguments = {"grid": GRID, "block": 16, "tensor_layout": tensor_layout, **settings}
+    if "policy" not in settings:
+        arguments["sparsity"] = 0.3
+    out, mask = rainfusion.attention(q, k, v, backend="triton", return_mask=True, **arguments)
+    arguments = {**arguments, "sparsity": None, "policy": None, "mask": mask}
+    expected = rainfusion.attention(q, k, v, backend="torch", **arguments)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert out.is_contiguous()
+
+
+def test_a_mask_of_its_own_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors()
+    _, mask = rainfusion.attention(q, k, v, grid=GRID, block=16, sparsity=0.3, backend="triton", return_mask=True)
+    monkeypatch.setattr(type(mask), "_refuse_empty_rows", lambda self: pytest.fail("waits for the device"))
+    rainfusion.attention(q, k, v, grid=GRID, block=16, mask=mask, backend="triton")
+
+
+def test_rows_emptied_behind_our_back_give_zeros() -> None:
+    """A mask is looked at once; one that is written to later must still not hang or read beyond the tensors."""
+    q, k, v = tensors()
+    blocks = torch.ones(1, 2, 6, 6, dtype=torch.bool, device=DEVICE)
+    mask = rainfusion.BlockMask.from_bool(blocks, 96, 96, (16, 16))
+    blocks[:, :, 2] = False
+    out = rainfusion.attention(q, k, v, block=16, mask=mask, backend="triton")
+    assert not out[:, :, 32:48].any()
+    assert torch.isfinite(out).all()
+
+
+def test_nobody_gets_interpreted_kernels_unasked() -> None:
+    plan = rainfusion.plan(problem(), LAYOUT, TopK(0.3))
+    if DEVICE == "cpu":
+        assert rainfusion.choose(plan, like=tensors()[0]).candidate.backend.name != "triton"
+    assert host().backend("triton").preference(plan, Device("cuda", 0)) == 100
+
+
+def test_without_a_device_it_says_what_is_missing() -> None:
+    code = "import rainfusion; print([d for d in rainfusion.devices() if d.backend == 'triton'])"
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    said = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True).stdout
+    assert "finds no CUDA device" in said
+    assert "TRITON_INTERPRET=1" in said
+
+
+# -- compiling for devices that are not here ------------------------------------------------------------
+
+# An H100 gives a program 227 KiB, an A100 163, an RTX 4090 99, an MI300X 64. Beyond that, a smaller setting takes over.
+SHARED = {"cuda 80": 163, "cuda 89": 99, "cuda 90": 227, "cuda 100": 227, "hip gfx942": 64}
+
+
+@pytest.mark.parametrize("target", SHARED)
+def test_kernels_compile_for(target: str) -> None:
+    script = Path(__file__).parent / "compile_only.py"
+    environ = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "error"}
+    command = [sys.executable, str(script), *target.split()]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels = dict(line.split(" shared=") for line in done.stdout.splitlines())
+    attend = "attend_hopper._attend" if target == "cuda 90" else "attend_blocks._attend"
+    assert {attend, "fold_blocks._fold", "score_blocks._score", "select_blocks._select_row"} <= {*kernels}
+    half = next(line for line in done.stdout.splitlines() if line.startswith(attend))  # the first is bfloat16
+    assert int(half.partition("=")[2]) <= SHARED[target] * 1024
+
+
+# -- what it costs ---------------------------------------------------------------------------------------
+
+
+def test_short_sequences_do_not_pay_and_long_ones_do() -> None:
+    def speedup(*grid: int) -> float:
+        length = grid[0] * grid[1] * grid[2]
+        bf16 = AttentionProblem(1, 12, length, length, 128, "bfloat16")
+        estimate = cost.speedup(rainfusion.plan(bf16, TokenLayout(grid, sink=None), TopK(0.8)), "sm_90")
+        assert estimate is not None
+        return estimate
+
+    assert speedup(4, 16, 16) < 1
+    assert 3.5 < speedup(21, 45, 80) < 5
+    assert speedup(4, 16, 16) < speedup(8, 32, 32) < speedup(21, 45, 80)
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"head_dim": 80}], ids=str)
+def test_no_estimate_without_a_measurement(settings: dict[str, Any]) -> None:
+    plan = rainfusion.plan(problem(**{"dtype": "bfloat16", "head_dim": 128, **settings}), TokenLayout(GRID), TopK(0.3))
+    assert cost.speedup(plan, "sm_90") is None
+    assert cost.speedup(plan, "gfx942") is None
+
+
+def test_attention_warns_once_where_skipping_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = host().backend("torch")
+    monkeypatch.setattr(backend, "speedup", lambda plan, device: 0.4, raising=False)
+    rainfusion.api._choices.clear()
+    q, k, v = (x.cpu() for x in tensors())
+    with pytest.warns(SpeedWarning, match=r"96 tokens are too few .* 2\.5 times as long"):
+        rainfusion.attention(q, k, v, grid=GRID, block=16, sparsity=0.35, backend="torch")
+    rainfusion.attention(q, k, v, grid=GRID, block=16, sparsity=0.35, backend="torch")  # warnings are errors here
+    rainfusion.api._choices.clear()
+
+
+def test_a_candidate_carries_the_estimate() -> None:
+    assert Candidate(host().backend("torch"), Device("cpu"), 10).speedup is None
+
+
+def test_printing_says_which_kernel_attends() -> None:
+    plan = rainfusion.plan(problem(), LAYOUT, TopK(0.3))
+    assert "plain kernel" in str(rainfusion.lower(plan, device=DEVICE, backend="triton"))
