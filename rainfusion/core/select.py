@@ -81,13 +81,18 @@ def choose(
         what = f"{asked} cannot run this plan" if asked else "no backend can run this plan"
         raise NoBackendError(f"{what}:\n{refusal_table(refusals)}")
     if asked:
-        return Choice(able[0], f"{able[0]}: asked for by {asked}", tuple(refusals))
+        return Choice(able[0], f"{able[0]}: asked for by {asked}{_estimate(able[0])}", tuple(refusals))
     overridden = override(plan, able)
     if overridden is not None:
-        return Choice(overridden, f"{overridden}: chosen by a plugin's rainfusion_select", tuple(refusals))
+        why = f"{overridden}: chosen by a plugin's rainfusion_select{_estimate(overridden)}"
+        return Choice(overridden, why, tuple(refusals))
     others = ", ".join(f"{c} ({c.preference})" for c in able[1:])
     why = f"highest preference ({able[0].preference}), before {others}" if others else "the only one that can"
-    return Choice(able[0], f"{able[0]}: {why}", tuple(refusals))
+    return Choice(able[0], f"{able[0]}: {why}{_estimate(able[0])}", tuple(refusals))
+
+
+def _estimate(taken: Candidate) -> str:
+    return "" if taken.speedup is None else f"; estimated {taken.speedup:.2g} times as fast as dense attention"
 
 
 def refusal_table(refusals: Sequence[Refusal]) -> str:

@@ -275,3 +275,16 @@ def test_protection_beyond_the_budget_still_attends_to_it():
         warnings.simplefilter("ignore", SparsityWarning)
         got, want = on_both(q, k, v, grid=(2, 8, 8), block=16, sparsity=0.9)
     assert_close(got, want, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "length", "pays"),
+    [("cuda:0", "bfloat16", 8192, False), ("cuda:0", "bfloat16", 75600, True), ("cuda:0", "float32", 8192, None)]
+    + [("cpu", "bfloat16", 8192, None)],
+)
+def test_gathering_pays_late_in_half_precision_on_cuda(device: str, dtype: str, length: int, pays: bool | None) -> None:
+    problem = rainfusion.AttentionProblem(1, 2, length, length, 128, dtype)
+    kind, _, index = device.partition(":")
+    where = Device(kind, int(index) if index else None)
+    estimate = TorchBackend().speedup(rainfusion.plan(problem), where)
+    assert (estimate if estimate is None else estimate > 1) == pays

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 import rainfusion
-from rainfusion import AttentionProblem, Fixed, TokenLayout, TopK, TopP
-from rainfusion.backends.triton import cost
+from rainfusion import AttentionProblem, Fixed, TokenLayout, TopK, TopP, api
+from rainfusion.backends.triton import cost, tune
+from rainfusion.backends.triton.configs import CANDIDATES
 from rainfusion.core.backend import Device
 from rainfusion.core.errors import SpeedWarning
-from rainfusion.core.select import Candidate
+from rainfusion.core.select import Candidate, choose
 from rainfusion.plugins.manager import host
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -139,7 +142,7 @@ def test_short_sequences_do_not_pay_and_long_ones_do() -> None:
         return estimate
 
     assert speedup(4, 16, 16) < 1
-    assert 3.5 < speedup(21, 45, 80) < 5
+    assert 4 < speedup(21, 45, 80) < 5.5
     assert speedup(4, 16, 16) < speedup(8, 32, 32) < speedup(21, 45, 80)
 
 
@@ -153,18 +156,45 @@ def test_no_estimate_without_a_measurement(settings: dict[str, Any]) -> None:
 def test_attention_warns_once_where_skipping_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = host().backend("torch")
     monkeypatch.setattr(backend, "speedup", lambda plan, device: 0.4, raising=False)
-    rainfusion.api._choices.clear()
+    api._choices.clear()
     q, k, v = (x.cpu() for x in tensors())
     with pytest.warns(SpeedWarning, match=r"96 tokens are too few .* 2\.5 times as long"):
         rainfusion.attention(q, k, v, grid=GRID, block=16, sparsity=0.35, backend="torch")
     rainfusion.attention(q, k, v, grid=GRID, block=16, sparsity=0.35, backend="torch")  # warnings are errors here
-    rainfusion.api._choices.clear()
+    api._choices.clear()
 
 
-def test_a_candidate_carries_the_estimate() -> None:
-    assert Candidate(host().backend("torch"), Device("cpu"), 10).speedup is None
+def test_choosing_says_the_estimate() -> None:
+    plan, backend = rainfusion.plan(problem(), LAYOUT, TopK(0.3)), host().backend("torch")
+    for speedup, said in ((None, "the only one that can"), (0.4, "; estimated 0.4 times as fast as dense attention")):
+        able = [Candidate(backend, Device("cpu"), 10, speedup)]
+        assert choose(plan, able, [], None, lambda plan, able: None).why.endswith(said)
 
 
 def test_printing_says_which_kernel_attends() -> None:
     plan = rainfusion.plan(problem(), LAYOUT, TopK(0.3))
     assert "plain kernel" in str(rainfusion.lower(plan, device=DEVICE, backend="triton"))
+
+
+# -- tuning ----------------------------------------------------------------------------------------------
+
+
+def test_tuning_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not tune.is_asked()
+    monkeypatch.setenv("RAINFUSION_TRITON_AUTOTUNE", "1")
+    assert tune.is_asked()
+
+
+def test_tuning_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(config: Any) -> None:
+        if config.rows == 128:
+            raise OutOfResources(300, 227, "shared memory")
+
+    def seconds(run: Callable[[], None], **_: Any) -> float:
+        run()
+        return next(times)
+
+    times = iter([3.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(tune, "do_bench", seconds)
+    fitting = [config for config in CANDIDATES if config.rows == 64]
+    assert tune.fastest_first(CANDIDATES, launch) == [fitting[i] for i in (1, 2, 0, 3)]

@@ -15,7 +15,11 @@ from rainfusion import AttentionProblem, BlockMask, Fixed, TokenLayout, TopK, To
 from rainfusion.backends.triton import chip
 from rainfusion.backends.triton.lowering import Lowered
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; kernels run interpreted above")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; kernels run interpreted elsewhere"),
+    pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SpeedWarning"),  # problems are small here
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 
 GRID = (5, 16, 16)
 SETTINGS = (
@@ -77,6 +81,7 @@ def test_a_captured_graph_computes_on_new_numbers(settings: dict[str, Any]) -> N
         assert torch.equal(first(captured), first(call(*inputs)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while its compiler is imported
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_compiled_code_gives_the_same(settings: dict[str, Any]) -> None:
     call, inputs = prepared(settings)

@@ -21,6 +21,10 @@ from rainfusion.core.problem import DTYPES
 
 Array = Any
 
+# Tokens from which gathering blocks beats torch's dense attention in half precision on CUDA, by ratios that grow
+# about linearly with the length (0.23 at 8192, 0.52 at 32760 tokens on an H200, 80 % skipped).
+_BREAK_EVEN = 63_000
+
 
 class TorchBackend(Backend):
     """Torch tensors on any device, and NumPy arrays on the CPU."""
@@ -44,6 +48,12 @@ class TorchBackend(Backend):
 
     def preference(self, plan: Plan, device: Device) -> int:
         return PORTABLE
+
+    def speedup(self, plan: Plan, device: Device) -> float | None:
+        half = plan.problem.dtype in ("float16", "bfloat16")
+        if device.type != "cuda" or not half or plan.is_dense:
+            return None
+        return plan.problem.q_len / _BREAK_EVEN
 
     def kernels(self, plan: Plan, device: Device) -> Sequence[Kernel]:
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from threading import Lock
 from typing import Any
@@ -13,9 +14,9 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from rainfusion.backends.triton import chip
+from rainfusion.backends.triton import chip, tune
 from rainfusion.backends.triton.attend_blocks import attend_blocks
-from rainfusion.backends.triton.configs import AttendConfig, attend_configs
+from rainfusion.backends.triton.configs import CANDIDATES, AttendConfig, attend_configs
 from rainfusion.backends.triton.operands import Attention
 from rainfusion.core.errors import RainfusionWarning, warn_caller
 from rainfusion.core.ir import Plan
@@ -32,11 +33,13 @@ class Attend:
     Attributes:
         hopper: the module of Hopper's kernel, where it takes this plan.
         configs: settings of the plain kernel, the best first; what the device cannot hold is dropped on first use.
+        is_tuned: whether their order is final.
     """
 
     hopper: Any
     configs: list[AttendConfig]
     precision: str
+    is_tuned: bool = True
     _lock: Lock = field(default_factory=Lock, repr=False)
 
     @classmethod
@@ -46,7 +49,8 @@ class Attend:
         widest = max(getattr(torch, problem.dtype).itemsize, 0 if mean_dtype is None else mean_dtype.itemsize)
         configs = attend_configs(widest, problem.head_dim, chip.architecture(device))
         hopper = None if mean_dtype == torch.float32 else _hopper(plan, device)
-        return cls(hopper, list(configs), chip.precision(device))
+        is_tuned = device.type != "cuda" or not tune.is_asked()
+        return cls(hopper, list(configs), chip.precision(device), is_tuned)
 
     def wants_copy(self, x: Tensor, order: Tensor | None) -> bool:
         """Whether `x`, walked through `order`, is better folded into blocks first than read where it lies."""
@@ -68,6 +72,11 @@ class Attend:
                 reason = str(error).strip().rpartition("\n")[2]
                 said = f"Triton {triton.__version__} does not compile the Hopper kernel ({reason})"
                 warn_caller(f"{said}; the plain kernel takes over", RainfusionWarning)
+        if not self.is_tuned:
+            with self._lock:
+                candidates = dict.fromkeys([*self.configs, *CANDIDATES])
+                launch = partial(attend_blocks, given, out, lse, precision=self.precision)
+                self.configs, self.is_tuned = tune.fastest_first(candidates, launch), True
         while True:
             config = self.configs[0]
             try:

@@ -1,7 +1,6 @@
 """Launch settings of the plain attention kernel: measured where this says so, safe elsewhere.
 
-Nothing is tuned at run time unless it is asked for (``RAINFUSION_TRITON_AUTOTUNE=1``): a first call takes as long as
-compiling one kernel.
+Nothing is tuned at run time unless that is asked for (`tune`): a first call takes as long as compiling one kernel.
 """
 
 from __future__ import annotations
@@ -46,6 +45,13 @@ _SAFE = (
     AttendConfig(32, 32, 4, 1),
     AttendConfig(16, 16, 4, 1),
 )
+CANDIDATES = tuple(
+    AttendConfig(rows, keys, warps, stages)
+    for rows, keys, warps in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (128, 32, 8), (64, 64, 4), (64, 32, 4))
+    for stages in (2, 3)
+)
+"""What tuning tries beside the settings above."""
+
 _INTERPRETED = AttendConfig(128, 128, 4, 1)  # a step costs the same there, however much it holds
 
 
