@@ -279,8 +279,12 @@ def test_protection_beyond_the_budget_still_attends_to_it():
 
 @pytest.mark.parametrize(
     ("device", "dtype", "length", "pays"),
-    [("cuda:0", "bfloat16", 8192, False), ("cuda:0", "bfloat16", 75600, True), ("cuda:0", "float32", 8192, None)]
-    + [("cpu", "bfloat16", 8192, None)],
+    [
+        ("cuda:0", "bfloat16", 8192, False),
+        ("cuda:0", "bfloat16", 75600, True),
+        ("cuda:0", "float32", 8192, None),
+        ("cpu", "bfloat16", 8192, None),
+    ],
 )
 def test_gathering_pays_late_in_half_precision_on_cuda(device: str, dtype: str, length: int, pays: bool | None) -> None:
     problem = rainfusion.AttentionProblem(1, 2, length, length, 128, dtype)

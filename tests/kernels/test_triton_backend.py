@@ -110,6 +110,28 @@ def test_without_a_device_it_says_what_is_missing() -> None:
     assert "TRITON_INTERPRET=1" in said
 
 
+# A few cases for every part; the whole kit takes minutes in the interpreter and is recorded in hw_matrix/results.
+CASES = "video-bf16 or text_at_the_start-f16 or summary_of_ragged_blocks-f32 or exact_ties-f32 or mass_with_floor-bf16"
+CONTRACT = "test_contract and not every_claimed_shape and not beyond and not what_is_not_claimed"
+
+
+def test_the_kit_passes() -> None:
+    here = {"TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--pyargs",
+        "rainfusion.plugins.conformance",
+    ]
+    command += ["--rainfusion-backend=triton", f"--rainfusion-device={DEVICE}", "-k", f"{CASES} or ({CONTRACT})"]
+    done = subprocess.run(command, env={**os.environ, **here}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 # -- compiling for devices that are not here ------------------------------------------------------------
 
 # An H100 gives a program 227 KiB, an A100 163, an RTX 4090 99, an MI300X 64. Beyond that, a smaller setting takes over.
