@@ -31,8 +31,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
 
 import rainfusion
+from rainfusion.backends.triton import chip
 from rainfusion.backends.triton.attend_blocks import attend_blocks
-from rainfusion.backends.triton.configs import attend_configs
+from rainfusion.backends.triton.configs import AttendConfig, attend_configs
 from rainfusion.backends.triton.lowering import Lowered
 from rainfusion.backends.triton.operands import Attention
 from rainfusion.core.errors import RainfusionWarning
@@ -42,7 +43,9 @@ BLOCK = 128
 ATTEND = ((12, 32768, 0.8), (12, 32768, 0.9), (40, 75776, 0.8), (40, 75776, 0.9))
 VIDEOS = ((12, (21, 30, 52)), (40, (21, 45, 80)))
 LENGTHS = ((12, (4, 16, 16)), (12, (8, 16, 16)), (12, (16, 16, 16)), (12, (16, 16, 32)), (12, (16, 32, 32)))
-FLASH_4 = "flash-attn-4, block-sparse"
+FLASH_4, FLEX = "flash-attn-4, block-sparse", "torch flex_attention, compiled"
+CUDNN, FLASH, DENSE = "cuDNN, dense", "torch's flash, dense", "torch's choice, dense"
+OTHERS = (FLASH_4, FLEX, CUDNN, FLASH)
 Kernels = dict[str, Callable[[], Any]]
 
 
@@ -70,14 +73,16 @@ def _arguments() -> argparse.Namespace:
 
 
 def medians(kernels: Kernels, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each kernel; one that cannot run is named and left out."""
+    """Median milliseconds of each kernel; other people's that cannot run are named and left out."""
     able = {}
     for name, run in kernels.items():
         try:
             run()
             torch.cuda.synchronize()
             able[name] = run
-        except Exception as error:  # other people's kernels fail in every way there is
+        except Exception as error:  # they fail in every way there is
+            if name not in OTHERS:
+                raise
             print(f"  {name}: {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}")
     names, times = list(able), {name: [] for name in able}
     for turn in range(rounds):
@@ -112,7 +117,7 @@ def attend(args: argparse.Namespace, ratios: list[dict[str, Any]]) -> list[dict[
         flops = 4 * q.numel() * length
         times = medians(_attend_kernels(q, k, v, mask), args.rounds)
         rates = {name: flops * (1 if "dense" in name else mask.density) / ms / 1e9 for name, ms in times.items()}
-        baseline = FLASH_4 if FLASH_4 in rates else "torch SDPA cuDNN, dense"
+        baseline = _baseline(rates, FLASH_4)
         print(f"\nattend: {heads} heads, {length} tokens, {sparsity:.0%} skipped")
         for name, rate in rates.items():
             ratio = rate / rates[baseline]
@@ -122,6 +127,11 @@ def attend(args: argparse.Namespace, ratios: list[dict[str, Any]]) -> list[dict[
         ratio = round(rates[OURS] / rates[baseline], 3)
         ratios.append({"problem": problem, "dtype": args.dtype, "baseline": baseline, "ratio": ratio})
     return table
+
+
+def _baseline(measured: dict[str, float], *first: str) -> str:
+    """What ratios are to: the first of these that could run."""
+    return next(name for name in (*first, CUDNN, DENSE) if name in measured)
 
 
 OURS, PLAIN = "rainfusion", "rainfusion, plain kernel"
@@ -136,20 +146,26 @@ def _attend_kernels(q: Tensor, k: Tensor, v: Tensor, mask: rainfusion.BlockMask)
     folded = lowered.fold({"%q": q, "%k": k, "%v": v})
     lists = lowered.list(*folded[:2], mask.blocks)
     out = torch.empty_like(q)
-    config = attend_configs(q.itemsize, q.shape[3], "sm_90")[0]
+    config, precision = _settings(q)
     tiles = torch.arange(lists.counts.numel(), dtype=torch.int32, device="cuda")
     given = Attention(q, k, v, q.shape[2], k.shape[2], (BLOCK, BLOCK), lists, tiles, problem.scale)
     kernels: Kernels = {
         OURS: lambda: lowered.attend(*folded, lists),
-        PLAIN: lambda: attend_blocks(given, out, None, config, "tf32x3"),
+        PLAIN: lambda: attend_blocks(given, out, None, config, precision),
     }
     flash_4 = _flash_4(q, k, v, mask)
     if flash_4 is not None:
         kernels[FLASH_4] = flash_4
-    kernels["torch flex_attention, compiled"] = _flex(q, k, v, mask)
-    kernels["torch SDPA cuDNN, dense"] = dense(q, k, v, SDPBackend.CUDNN_ATTENTION)
-    kernels["torch SDPA flash, dense"] = dense(q, k, v, SDPBackend.FLASH_ATTENTION)
+    kernels[FLEX] = _flex(q, k, v, mask)
+    kernels[CUDNN] = dense(q, k, v, SDPBackend.CUDNN_ATTENTION)
+    kernels[FLASH] = dense(q, k, v, SDPBackend.FLASH_ATTENTION)
+    kernels[DENSE] = lambda: scaled_dot_product_attention(q, k, v)
     return kernels
+
+
+def _settings(q: Tensor) -> tuple[AttendConfig, str]:
+    """Those of the plain kernel, and how it multiplies."""
+    return attend_configs(q.itemsize, q.shape[3], chip.architecture(q.device))[0], chip.precision(q.device)
 
 
 def _lowered(executable: rainfusion.Executable) -> Lowered:
@@ -199,20 +215,18 @@ def stages(args: argparse.Namespace, ratios: list[dict[str, Any]]) -> list[dict[
     for heads, grid in VIDEOS:
         q, k, v = tensors(heads, grid[0] * grid[1] * grid[2], args)
         times = medians(_stage_kernels(q, k, v, grid), args.rounds)
+        baseline = _baseline(times)
         print(f"\nstages: {heads} heads, grid {grid}, {q.shape[2]} tokens, first frame dense, 80 % skipped unless said")
         for name, ms in times.items():
-            print(f"  {name:<32} {ms:8.3f} ms  {times[DENSE] / ms:6.2f}x of {DENSE}")
+            print(f"  {name:<32} {ms:8.3f} ms  {times[baseline] / ms:6.2f}x of {baseline}")
         restore = times["attend, to the caller's tokens"] - times["attend, order given"]
         print(f"  mask chain, order and restoring: {times['mask chain and order'] + max(restore, 0):.3f} ms")
         table.append({"heads": heads, "grid": grid, "ms": times})
         for name in ("whole call, 80 % skipped", "whole call, 90 % skipped"):
             problem = f"{heads} heads of {args.head_dim}, {q.shape[2]} tokens, {name}"
-            ratio = round(times[DENSE] / times[name], 3)
-            ratios.append({"problem": problem, "dtype": args.dtype, "baseline": DENSE, "ratio": ratio})
+            ratio = round(times[baseline] / times[name], 3)
+            ratios.append({"problem": problem, "dtype": args.dtype, "baseline": baseline, "ratio": ratio})
     return table
-
-
-DENSE = "cuDNN, dense"
 
 
 def _stage_kernels(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int]) -> Kernels:
@@ -228,7 +242,7 @@ def _stage_kernels(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int]) 
     tiles = torch.arange(lists.counts.numel(), dtype=torch.int32, device="cuda")
     through = {"q_order": order, "kv_order": order, "out_order": order}
     inside = Attention(q, k, v, q.shape[2], k.shape[2], (BLOCK, BLOCK), lists, tiles, problem.scale, **through)
-    out, config = torch.empty_like(q), attend_configs(q.itemsize, q.shape[3], "sm_90")[0]
+    out, (config, precision) = torch.empty_like(q), _settings(q)
 
     def call(sparsity: float, omitted: str = "drop") -> Any:
         return rainfusion.attention(q, k, v, grid=grid, sparsity=sparsity, omitted=omitted, backend="triton")
@@ -238,11 +252,12 @@ def _stage_kernels(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int]) 
         "mask chain, order given": lambda: given.list(*given.fold(values)[:2], None),
         "attend, to the caller's tokens": lambda: window.attend(*folded, lists),
         "attend, order given": lambda: given.attend(*folded_given, lists_given),
-        "plain kernel, gathering inside": lambda: attend_blocks(inside, out, None, config, "tf32x3"),
+        "plain kernel, gathering inside": lambda: attend_blocks(inside, out, None, config, precision),
         "whole call, 80 % skipped": lambda: call(0.8),
         "whole call, 80 %, summaries": lambda: call(0.8, "summary"),
         "whole call, 90 % skipped": lambda: call(0.9),
-        DENSE: dense(q, k, v, SDPBackend.CUDNN_ATTENTION),
+        CUDNN: dense(q, k, v, SDPBackend.CUDNN_ATTENTION),
+        DENSE: lambda: scaled_dot_product_attention(q, k, v),
     }
 
 
@@ -263,10 +278,13 @@ def lengths(args: argparse.Namespace, ratios: list[dict[str, Any]]) -> list[dict
         def whole(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Any:
             return scaled_dot_product_attention(q, k, v)
 
-        times = medians({"dense": whole, "80 %": call}, args.rounds)
-        whole_ms, sparse_ms = times["dense"], times["80 %"]
+        times = medians({DENSE: whole, "80 %": call}, args.rounds)
+        whole_ms, sparse_ms = times[DENSE], times["80 %"]
         print(f"{heads:>7} {tokens:>7} {whole_ms:>9.3f} {sparse_ms:>9.3f} {whole_ms / sparse_ms:>6.2f}")
         table.append({"heads": heads, "tokens": tokens, "ms": times})
+        problem = f"{heads} heads of {args.head_dim}, {tokens} tokens, whole call, 80 % skipped"
+        ratio = round(whole_ms / sparse_ms, 3)
+        ratios.append({"problem": problem, "dtype": args.dtype, "baseline": DENSE, "ratio": ratio})
     return table
 
 

@@ -21,7 +21,7 @@ from rainfusion.core.mask import BlockMask
 from rainfusion.core.planner import plan
 from rainfusion.core.policy import Fixed, Policy, TopK
 from rainfusion.core.problem import AttentionProblem
-from rainfusion.core.select import Candidate, Choice
+from rainfusion.core.select import Choice
 from rainfusion.plugins.manager import host
 
 Array = Any
@@ -86,35 +86,58 @@ def attention(
     NaN: a block whose score is NaN is selected last; NaN inside attended tokens spreads as in dense
     attention.
     """
+    settings: dict[str, Any] = {
+        "grid": grid,
+        "text": text,
+        "text_position": text_position,
+        "sparsity": sparsity,
+        "policy": policy,
+        "block": block,
+        "window": window,
+        "sink": sink,
+        "omitted": omitted,
+        "tensor_layout": tensor_layout,
+        "scale": scale,
+        "mask": mask,
+        "return_lse": return_lse,
+        "return_mask": return_mask,
+        "backend": backend,
+    }
     torch = sys.modules.get("torch")
     if torch is not None and torch.compiler.is_compiling():
         from rainfusion import traced
 
-        return traced.attention(
-            q,
-            k,
-            v,
-            mask,
-            policy,
-            grid=grid,
-            text=text,
-            text_position=text_position,
-            sparsity=sparsity,
-            block=block,
-            window=window,
-            sink=sink,
-            omitted=omitted,
-            tensor_layout=tensor_layout,
-            scale=scale,
-            return_lse=return_lse,
-            return_mask=return_mask,
-            backend=backend,
-        )
+        return traced.attention(q, k, v, **settings)
+    return attention_now(q, k, v, **settings)
+
+
+def attention_now(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    grid: tuple[int, int, int] | None,
+    text: int,
+    text_position: str,
+    sparsity: float | None,
+    policy: Policy | None,
+    block: int | tuple[int, int],
+    window: tuple[int, int, int] | None,
+    sink: str | None,
+    omitted: str,
+    tensor_layout: str,
+    scale: float | None,
+    mask: BlockMask | None,
+    return_lse: bool,
+    backend: str | None,
+    return_mask: bool = False,
+) -> Any:
+    """`attention`, made here and now, whoever may be recording calls."""
     problem = AttentionProblem.from_tensors(q, k, v, scale=scale, tensor_layout=tensor_layout)
     layout = TokenLayout(grid, text, text_position, window, block, sink)  # type: ignore[arg-type]
     returns = ("%out", *(("%lse",) if return_lse else ()), *(("%mask",) if return_mask else ()))
     made = plan(problem, layout, _policy(sparsity, policy, mask), omitted=omitted, returns=returns)
-    return _executable(made, q, backend)(q, k, v, mask=mask)
+    return _executable(made, q, backend).run(q, k, v, mask)
 
 
 def lower(plan: Plan, *, device: object = None, backend: str | None = None, strict: bool = False) -> Executable:
@@ -189,15 +212,16 @@ def _executable(made: Plan, q: Array, backend: str | None) -> Executable:
         if len(_choices) >= _MOST_CACHED:
             _choices.clear()
         choice = _choices[key] = _choose(made, backend, array=q)
-        _warn_where_skipping_does_not_pay(made, choice.candidate)
+    _warn_where_skipping_does_not_pay(made, str(choice.candidate), choice.candidate.speedup)
     return _lower(choice.candidate.backend, choice.candidate.device, made, False)
 
 
-def _warn_where_skipping_does_not_pay(made: Plan, taken: Candidate) -> None:
-    if taken.speedup is not None and taken.speedup < 1:
+@lru_cache(maxsize=4096)  # so each plan warns once
+def _warn_where_skipping_does_not_pay(made: Plan, taken: str, speedup: float | None) -> None:
+    if speedup is not None and speedup < 1:
         warn_caller(
-            f"{made.problem.q_len} tokens are too few for skipping blocks to pay: {taken} is estimated to take "
-            f"{1 / taken.speedup:.1f} times as long as dense attention; give sparsity=0 for that",
+            f"skipping blocks does not pay here: {taken} is estimated to take {1 / speedup:.1f} times as long as dense "
+            f"attention over {made.problem.q_len} x {made.problem.kv_len} tokens; give sparsity=0 for that",
             SpeedWarning,
         )
 

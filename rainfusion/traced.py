@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rainfusion import api
-from rainfusion.backends.torch_graph import as_list, results_like
-from rainfusion.core.errors import ProblemError
+from rainfusion.backends.torch_graph import MASK_ARGUMENTS, as_list, read_mask, results_like, written_mask
+from rainfusion.core.errors import PolicyError, ProblemError
 from rainfusion.core.mask import BlockMask
 from rainfusion.core.policy import Fixed, Policy, TopK, TopP
 
@@ -22,9 +22,9 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     mask: BlockMask | None,
     policy: Policy | None,
-    *,
     return_lse: bool,
     return_mask: bool,
     block: int | tuple[int, int],
@@ -34,6 +34,7 @@ def attention(
 
     Raises:
         ProblemError: `return_mask`.
+        PolicyError, MaskError: a policy or mask of another kind. What else is wrong is said when the graph runs.
     """
     if return_mask:
         raise ProblemError("a BlockMask cannot leave a traced graph; call rainfusion outside of torch.compile for it")
@@ -42,7 +43,7 @@ def attention(
         q,
         k,
         v,
-        None if mask is None else mask.blocks,
+        *written_mask(mask),
         policy=name,
         numbers=numbers,
         counting=counting,
@@ -53,68 +54,40 @@ def attention(
     return tuple(results) if return_lse else results[0]
 
 
-@torch.library.custom_op("rainfusion::attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    *,
-    policy: str,
-    numbers: list[float],
-    counting: str,
-    grid: list[int] | None,
-    text: int,
-    text_position: str,
-    sparsity: float | None,
-    block: list[int],
-    window: list[int] | None,
-    sink: str | None,
-    omitted: str,
-    tensor_layout: str,
-    scale: float | None,
-    return_lse: bool,
-    backend: str | None,
-) -> list[Tensor]:
-    tokens = 2 if tensor_layout == "bhsd" else 1
-    sides = (block[0], block[-1])
-    given = None if mask is None else BlockMask(mask, q.shape[tokens], k.shape[tokens], sides)
-    results = api.attention(
-        q,
-        k,
-        v,
-        grid=None if grid is None else tuple(grid),  # type: ignore[arg-type]
-        text=text,
-        text_position=text_position,
-        sparsity=sparsity,
-        policy=_read(policy, numbers, counting),
-        block=sides,
-        window=None if window is None else tuple(window),  # type: ignore[arg-type]
-        sink=sink,
-        omitted=omitted,
-        tensor_layout=tensor_layout,
-        scale=scale,
-        mask=given,
-        return_lse=return_lse,
-        backend=backend,
-    )
-    return as_list(results)
+@torch.library.custom_op(
+    "rainfusion::attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {MASK_ARGUMENTS}, *, str policy, float[] numbers, str counting, "
+    "int[]? grid, int text, str text_position, float? sparsity, int[] block, int[]? window, str? sink, "
+    "str omitted, str tensor_layout, float? scale, bool return_lse, str? backend) -> Tensor[]",
+)
+def _attention(q: Tensor, k: Tensor, v: Tensor, *mask: Any, **settings: Any) -> list[Tensor]:
+    policy = _read(*(settings.pop(name) for name in ("policy", "numbers", "counting")))
+    block, grid, window = (settings.pop(name) for name in ("block", "grid", "window"))
+    settings |= {
+        "block": block[0] if len(block) == 1 else tuple(block),
+        "grid": None if grid is None else tuple(grid),
+        "window": None if window is None else tuple(window),
+    }
+    return as_list(api.attention_now(q, k, v, policy=policy, mask=read_mask(*mask), **settings))
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **settings: Any) -> list[Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *mask: Any, **settings: Any) -> list[Tensor]:
     bhsd = settings["tensor_layout"] == "bhsd"
     batch, heads, length = q.shape[0], q.shape[1 if bhsd else 2], q.shape[2 if bhsd else 1]
     return results_like(q, (batch, heads, length), wants_lse=settings["return_lse"])
 
 
 def _written(policy: Policy | None) -> tuple[str, list[float], str]:
-    """A policy as an operator takes it."""
+    """A policy as the operator takes it."""
     if isinstance(policy, TopK):
         return "topk", [policy.sparsity], policy.counting
     if isinstance(policy, TopP):
         return "topp", [policy.mass, policy.floor], ""
-    return ("fixed" if isinstance(policy, Fixed) else ""), [], ""
+    if policy is None or isinstance(policy, Fixed):
+        return "" if policy is None else "fixed", [], ""
+    raise PolicyError(f"policy={policy!r} is not a policy; give TopK(...), TopP(...) or Fixed()")
 
 
 def _read(name: str, numbers: list[float], counting: str) -> Policy | None:

@@ -6,9 +6,9 @@ the backend's own arrays. Operations without dynamic inputs are computed here, o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -42,14 +42,15 @@ class Step:
 EXECUTABLES: WeakValueDictionary[str, Executable] = WeakValueDictionary()
 """Every executable there is, by its key: for graphs, which can hold text but no Python object."""
 
-_numbers = count()
-
 
 @dataclass(frozen=True, eq=False)
 class Executable:
     """A plan lowered for one device: call it with q, k, v. `print` shows who runs what.
 
     Thread-safe: a call writes nothing that another call reads.
+
+    Attributes:
+        key: what it is, as text: backend, device and plan. Equal keys compute the same.
     """
 
     plan: Plan
@@ -57,10 +58,12 @@ class Executable:
     device: Device
     constants: dict[str, Array] = field(repr=False)
     steps: tuple[Step, ...]
-    key: str = field(default_factory=lambda: str(next(_numbers)), repr=False)
+    key: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        EXECUTABLES[self.key] = self
+        key = json.dumps([self.backend.name, str(self.device), self.plan.to_json()])
+        object.__setattr__(self, "key", key)
+        EXECUTABLES[key] = self
 
     def __call__(self, q: Array, k: Array, v: Array, *, mask: BlockMask | None = None) -> Any:
         """Run the plan.
@@ -78,8 +81,10 @@ class Executable:
             MaskError: a mask where none is due, none where one is, or one of another problem.
         """
         recorded = self.backend.record(self, q, k, v, mask)
-        if recorded is not None:
-            return recorded
+        return self.run(q, k, v, mask) if recorded is None else recorded
+
+    def run(self, q: Array, k: Array, v: Array, mask: BlockMask | None = None) -> Any:
+        """Run the plan here and now, whoever may be recording calls."""
         values = dict(self.constants)
         self._check_tensors(q, k, v)
         self.backend.check_inputs(q, k, v)

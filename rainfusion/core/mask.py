@@ -102,6 +102,11 @@ class BlockMask:
             object.__setattr__(self, "_is_sound", True)
         return self
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether its content was looked at, or vouched for by a plan that made it."""
+        return self._is_sound
+
     def vouched(self) -> BlockMask:
         """This mask, its content vouched for by who made it: nobody will wait for the device to look at it."""
         object.__setattr__(self, "_is_sound", True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import rainfusion
-from rainfusion import AttentionProblem, BlockMask, TokenLayout, TopK, TopP
-from rainfusion.core.errors import ProblemError
+from rainfusion import AttentionProblem, BlockMask, TokenLayout, TopK, TopP, api
+from rainfusion.core.errors import MaskError
 
 GRID, BLOCK = (4, 8, 16), 64
 # Tracing, functionalisation and fakes as in real use, but no C++ compiler.
@@ -87,24 +90,90 @@ def test_a_given_mask_is_an_input_of_the_graph() -> None:
         assert torch.equal(traced(*tensors(), given), attention(*tensors(), mask=given))
 
 
+NO_MASK = (None, [], [], "", False)
+
+
 def test_operators_keep_torchs_rules() -> None:
     run = executable("%out", "%lse")
-    torch.library.opcheck(torch.ops.rainfusion.run.default, (*tensors(), None, run.key))
+    torch.library.opcheck(torch.ops.rainfusion.run.default, (*tensors(), *NO_MASK, run.key))
 
 
 def test_a_mask_cannot_leave_the_graph() -> None:
     with pytest.raises(Exception, match="cannot leave a traced graph"):
         compiled(lambda *x: attention(*x, sparsity=0.3, return_mask=True))(*tensors())
-    run = executable("%out", "%mask")
     with pytest.raises(Exception, match="cannot leave a traced graph"):
-        compiled(run)(*tensors())
+        compiled(executable("%out", "%mask"))(*tensors())
 
 
-def test_a_graph_may_outlive_its_executable_only_with_an_error() -> None:
+def test_a_mask_in_another_order_is_refused_in_a_graph_too() -> None:
+    _, mask = attention(*tensors(), sparsity=0.3, window=(1, 8, 8), return_mask=True)
+    traced = compiled(lambda q, k, v, mask: attention(q, k, v, mask=mask, window=(1, 4, 16)))
+    with pytest.raises(MaskError, match="another order"):
+        traced(*tensors(), mask)
+
+
+def test_a_mask_of_another_length_is_refused_in_a_graph_too() -> None:
+    mask = BlockMask.from_bool(torch.ones(1, 2, 8, 8, dtype=torch.bool), 512, 512, (64, 64))
+    traced = compiled(lambda q, k, v, mask: rainfusion.attention(q, k, v, mask=mask, block=128, backend="torch"))
+    with pytest.raises(MaskError, match="another problem"):
+        traced(*tensors(1024), mask)
+
+
+def test_a_checked_mask_is_not_checked_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, mask = attention(*tensors(), sparsity=0.3, return_mask=True)
+    traced = compiled(lambda q, k, v, mask: attention(q, k, v, mask=mask))
+    monkeypatch.setattr(BlockMask, "_refuse_empty_rows", lambda self: pytest.fail("waits for the device"))
+    traced(*tensors(), mask)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"policy": "topk"}, "not a policy"),
+        ({"mask": 7}, "give a BlockMask"),
+        ({"block": (64, 7, 64)}, "not a tuple of 2"),
+    ],
+)
+def test_what_is_refused_is_refused_in_a_graph_too(wrong: dict[str, Any], said: str) -> None:
+    settings = {"grid": GRID, "backend": "torch", **wrong}
+    with pytest.raises(Exception, match=said):
+        compiled(lambda *x: rainfusion.attention(*x, **settings))(*tensors())
+
+
+def test_a_call_while_another_thread_exports_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export raises torch's flag for the whole process, also for threads that trace nothing."""
+    expected = attention(*tensors(), sparsity=0.3)
+    run, expected_of_run = executable("%out"), executable("%out")(*tensors())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(attention(*tensors(), sparsity=0.3), expected)
+    assert torch.equal(run(*tensors()), expected_of_run)
+
+
+def test_a_graph_may_outlive_its_executable() -> None:
     run = executable("%out")
-    key = run.key
-    rainfusion.api._lower.cache_clear()
+    key, expected = run.key, run(*tensors())
+    api._lower.cache_clear()
     del run
     gc.collect()
-    with pytest.raises(ProblemError, match="no longer there"):
-        torch.ops.rainfusion.run(*tensors(), None, key)
+    (out,) = torch.ops.rainfusion.run(*tensors(), *NO_MASK, key)
+    assert torch.equal(out, expected)
+
+
+def test_an_exported_graph_computes_the_same_plan_elsewhere(tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = executable_of_model(q, k, v) + 1
+            return made
+
+    executable_of_model = executable("%out")
+    q, k, v = tensors()
+    torch.export.save(torch.export.export(Model(), (q, k, v), strict=False), tmp_path / "graph.pt2")
+    torch.save((q, k, v, Model()(q, k, v)), tmp_path / "tensors.pt")
+    elsewhere = (
+        "import sys, torch, rainfusion, rainfusion.traced\n"
+        "q, k, v, expected = torch.load(sys.argv[2])\n"
+        "rainfusion.attention(q, k, v, sparsity=0.0, backend='torch')\n"  # other plans come first there
+        "assert torch.equal(torch.export.load(sys.argv[1]).module()(q, k, v), expected)\n"
+    )
+    files = (str(tmp_path / "graph.pt2"), str(tmp_path / "tensors.pt"))
+    subprocess.run([sys.executable, "-c", elsewhere, *files], check=True)

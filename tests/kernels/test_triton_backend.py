@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +17,12 @@ from triton.runtime.errors import OutOfResources
 
 import rainfusion
 from rainfusion import AttentionProblem, Fixed, TokenLayout, TopK, TopP, api
-from rainfusion.backends.triton import cost, tune
+from rainfusion.backends.triton import attend as attend_module
+from rainfusion.backends.triton import chip, cost, tune
+from rainfusion.backends.triton.attend import Attend
 from rainfusion.backends.triton.configs import CANDIDATES
 from rainfusion.core.backend import Device
-from rainfusion.core.errors import SpeedWarning
+from rainfusion.core.errors import RainfusionWarning, SpeedWarning
 from rainfusion.core.select import Candidate, choose
 from rainfusion.plugins.manager import host
 
@@ -95,11 +99,13 @@ def test_rows_emptied_behind_our_back_give_zeros() -> None:
     assert torch.isfinite(out).all()
 
 
-def test_nobody_gets_interpreted_kernels_unasked() -> None:
+def test_nobody_gets_interpreted_kernels_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = rainfusion.plan(problem(), LAYOUT, TopK(0.3))
     if DEVICE == "cpu":
         assert rainfusion.choose(plan, like=tensors()[0]).candidate.backend.name != "triton"
-    assert host().backend("triton").preference(plan, Device("cuda", 0)) == 100
+    for interprets, preference in ((True, -1), (False, 100)):
+        monkeypatch.setattr(chip, "interprets", lambda interprets=interprets: interprets)
+        assert host().backend("triton").preference(plan, Device("cuda", 0)) == preference
 
 
 def test_without_a_device_it_says_what_is_missing() -> None:
@@ -149,7 +155,8 @@ def test_kernels_compile_for(target: str) -> None:
     attend = "attend_hopper._attend" if target == "cuda 90" else "attend_blocks._attend"
     assert {attend, "fold_blocks._fold", "score_blocks._score", "select_blocks._select_row"} <= {*kernels}
     half = next(line for line in done.stdout.splitlines() if line.startswith(attend))  # the first is bfloat16
-    assert int(half.partition("=")[2]) <= SHARED[target] * 1024
+    others = [line for line in done.stdout.splitlines() if "attend" not in line]
+    assert all(int(line.partition("=")[2]) <= SHARED[target] * 1024 for line in (half, *others))
 
 
 # -- what it costs ---------------------------------------------------------------------------------------
@@ -179,8 +186,9 @@ def test_attention_warns_once_where_skipping_does_not_pay(monkeypatch: pytest.Mo
     backend = host().backend("torch")
     monkeypatch.setattr(backend, "speedup", lambda plan, device: 0.4, raising=False)
     api._choices.clear()
+    api._warn_where_skipping_does_not_pay.cache_clear()
     q, k, v = (x.cpu() for x in tensors())
-    with pytest.warns(SpeedWarning, match=r"96 tokens are too few .* 2\.5 times as long"):
+    with pytest.warns(SpeedWarning, match=r"does not pay .* 2\.5 times as long as dense attention over 96"):
         rainfusion.attention(q, k, v, grid=GRID, block=16, sparsity=0.35, backend="torch")
     rainfusion.attention(q, k, v, grid=GRID, block=16, sparsity=0.35, backend="torch")  # warnings are errors here
     api._choices.clear()
@@ -205,6 +213,65 @@ def test_tuning_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert not tune.is_asked()
     monkeypatch.setenv("RAINFUSION_TRITON_AUTOTUNE", "1")
     assert tune.is_asked()
+
+
+def attend_with(configs: list[Any], **settings: Any) -> Attend:
+    return Attend(torch.device(DEVICE), None, configs, "ieee", **settings)
+
+
+def test_settings_that_do_not_fit_are_dropped() -> None:
+    tried = []
+
+    def launch(config: Any) -> None:
+        tried.append(config)
+        if config.rows == 128:
+            raise OutOfResources(300, 227, "shared memory")
+
+    attend = attend_with([*CANDIDATES[:2], CANDIDATES[-1]])
+    attend._attend_plainly(launch)
+    assert tried == [*CANDIDATES[:2], CANDIDATES[-1]]
+    attend._attend_plainly(launch)
+    assert tried[3:] == [CANDIDATES[-1]]
+    with pytest.raises(OutOfResources):
+        attend_with([CANDIDATES[0]])._attend_plainly(launch)
+
+
+def test_tuning_happens_once_and_keeps_what_there_was_if_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(tune, "fastest_first", lambda candidates, launch: asked.append([*candidates]) or [])
+    attend = attend_with([CANDIDATES[-1]], is_tuned=False)
+    for _ in range(2):
+        attend._attend_plainly(lambda config: None)
+    assert len(asked) == 1
+    assert attend.configs == [CANDIDATES[-1]]
+
+
+def test_a_triton_that_does_not_compile_the_hopper_kernel_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend_module, "_refused", set())
+    monkeypatch.setattr(Attend, "_attend_plainly", lambda self, launch: None)
+    broken = SimpleNamespace(attend_hopper=lambda *_: broken.renamed_since)
+    first, second = (dataclasses.replace(attend_with([CANDIDATES[0]]), hopper=broken) for _ in range(2))
+    assert str(first) == "Hopper kernel"
+    with pytest.warns(RainfusionWarning, match=r"does not compile the Hopper kernel .* slower.* 3\.6"):
+        first(None, None, None)  # type: ignore[arg-type]
+    second(None, None, None)  # type: ignore[arg-type]  # warnings are errors here
+    assert str(second) == "plain kernel"
+
+
+def test_large_contiguous_tensors_are_read_where_they_lie() -> None:
+    attend = attend_with([CANDIDATES[0]])
+    x = torch.empty(1, 40, 75600, 128, device="meta", dtype=torch.bfloat16)
+    assert not attend.wants_copy(x, None)
+    assert attend.wants_copy(torch.empty(600, 2**24, device="meta").expand(2, 2, 600, 2**24)[..., :128], None)
+    assert attend.wants_copy(x, torch.empty(75600, device="meta"))
+
+
+def test_views_with_another_sign_are_read_as_they_are() -> None:
+    q, k, v = tensors()
+    flipped = torch.complex(torch.zeros_like(q), -q).conj().imag
+    assert flipped.is_neg()
+    arguments: dict[str, Any] = {"grid": GRID, "block": 16, "sparsity": 0.3, "backend": "triton"}
+    assert torch.equal(rainfusion.attention(flipped, k, v, **arguments), rainfusion.attention(q, k, v, **arguments))
 
 
 def test_tuning_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:

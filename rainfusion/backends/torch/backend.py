@@ -62,7 +62,7 @@ class TorchBackend(Backend):
         ]
 
     def record(self, executable: Executable, q: Array, k: Array, v: Array, mask: BlockMask | None) -> Any:
-        return torch_graph.run(executable, q, k, v, mask) if torch_graph.is_tracing() else None
+        return torch_graph.record(executable, q, k, v, mask)
 
     def check_inputs(self, q: Array, k: Array, v: Array) -> None:
         refuse_gradients(q, k, v)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
+from triton.runtime.errors import OutOfResources
 
 from rainfusion.backends.triton import chip, tune
 from rainfusion.backends.triton.attend_blocks import attend_blocks
@@ -22,8 +21,13 @@ from rainfusion.core.errors import RainfusionWarning, warn_caller
 from rainfusion.core.ir import Plan
 
 WIDEST = 256
-_LONGEST_STRIDE = 2**23  # a tile's offsets are counted in int32
+_LONGEST_STRIDE = 2**23  # from token to token: a tile's offsets are counted in int32
 _SCALES = (1e-6, 1e6)  # beyond, a bias divided by the scale may leave float32
+_GLUON_FROM = "3.6"  # the oldest Triton on which Hopper's kernel was seen to compile
+
+_DOES_NOT_FIT: tuple[type[Exception], ...] = (*tune.does_not_compile, AttributeError, TypeError)
+_refused: set[torch.device] = set()  # devices for which this Triton did not compile Hopper's kernel
+_lock = Lock()
 
 
 @dataclass
@@ -31,11 +35,14 @@ class Attend:
     """Attention for one plan on one device.
 
     Attributes:
+        device: where it runs.
         hopper: the module of Hopper's kernel, where it takes this plan.
         configs: settings of the plain kernel, the best first; what the device cannot hold is dropped on first use.
-        is_tuned: whether their order is final.
+        precision: a name from `chip.precision`.
+        is_tuned: whether the order of `configs` is final.
     """
 
+    device: torch.device
     hopper: Any
     configs: list[AttendConfig]
     precision: str
@@ -48,39 +55,57 @@ class Attend:
         problem = plan.problem
         widest = max(getattr(torch, problem.dtype).itemsize, 0 if mean_dtype is None else mean_dtype.itemsize)
         configs = attend_configs(widest, problem.head_dim, chip.architecture(device))
-        hopper = None if mean_dtype == torch.float32 else _hopper(plan, device)
-        is_tuned = device.type != "cuda" or not tune.is_asked()
-        return cls(hopper, list(configs), chip.precision(device), is_tuned)
+        hopper = _hopper() if takes_hopper(plan, chip.architecture(device)) else None
+        is_tuned = chip.interprets() or not tune.is_asked()
+        return cls(device, hopper, list(configs), chip.precision(device), is_tuned)
 
     def wants_copy(self, x: Tensor, order: Tensor | None) -> bool:
         """Whether `x`, walked through `order`, is better folded into blocks first than read where it lies."""
-        if order is not None or max(x.stride()) > _LONGEST_STRIDE:
+        if order is not None or max(x.stride()[2:]) > _LONGEST_STRIDE:
             return True
-        return self.hopper is not None and not self.hopper.can_fetch(x)
+        return self.uses_hopper and not self.hopper.can_fetch(x)
+
+    @property
+    def uses_hopper(self) -> bool:
+        """Whether Hopper's kernel takes the plan and compiles here, as far as is known."""
+        return self.hopper is not None and self.device not in _refused
 
     def __str__(self) -> str:
-        return "Hopper kernel" if self.hopper is not None else "plain kernel"
+        return "Hopper kernel" if self.uses_hopper else "plain kernel"
 
     def __call__(self, given: Attention, out: Tensor, lse: Tensor | None) -> None:
         """Write output ``[B, H, q_len, D]`` and, unless None, log-sum-exp ``[B, H, q_len]``."""
-        if self.hopper is not None:
+        if self.uses_hopper:
             try:
                 self.hopper.attend_hopper(given, out, lse)
                 return
-            except (CompilationError, PTXASError) as error:  # Gluon changes from one Triton to the next
-                self.hopper = None
-                reason = str(error).strip().rpartition("\n")[2]
-                said = f"Triton {triton.__version__} does not compile the Hopper kernel ({reason})"
-                warn_caller(f"{said}; the plain kernel takes over", RainfusionWarning)
+            except _DOES_NOT_FIT as error:
+                self._refuse(error)
+        self._attend_plainly(partial(attend_blocks, given, out, lse, precision=self.precision))
+
+    def _refuse(self, error: Exception) -> None:
+        """Gluon changes from one Triton to the next: say so once, and do without on this device."""
+        with _lock:
+            if self.device in _refused:
+                return
+            _refused.add(self.device)
+        reason = str(error).strip().rpartition("\n")[2]
+        warn_caller(
+            f"Triton {triton.__version__} does not compile the Hopper kernel ({type(error).__name__}: {reason}); the "
+            f"plain kernel takes over, which is slower. It is known to compile on Triton {_GLUON_FROM}",
+            RainfusionWarning,
+        )
+
+    def _attend_plainly(self, launch: Any) -> None:
         if not self.is_tuned:
             with self._lock:
-                candidates = dict.fromkeys([*self.configs, *CANDIDATES])
-                launch = partial(attend_blocks, given, out, lse, precision=self.precision)
-                self.configs, self.is_tuned = tune.fastest_first(candidates, launch), True
+                if not self.is_tuned:
+                    tuned = tune.fastest_first(dict.fromkeys([*self.configs, *CANDIDATES]), launch)
+                    self.configs, self.is_tuned = tuned or self.configs, True
         while True:
             config = self.configs[0]
             try:
-                attend_blocks(given, out, lse, config, self.precision)
+                launch(config)
                 return
             except OutOfResources:
                 with self._lock:
@@ -90,17 +115,25 @@ class Attend:
                         del self.configs[0]
 
 
-def _hopper(plan: Plan, device: torch.device) -> Any:
-    """The module of Hopper's kernel, or None where it does not take this plan or this Triton has no Gluon."""
+def takes_hopper(plan: Plan, architecture: str) -> bool:
+    """Whether Hopper's kernel is made for this plan.
+
+    Summaries beside a log-sum-exp are not: means rounded to 16 bits would show in its last digits.
+    """
     problem = plan.problem
-    fits = (
-        chip.architecture(device) == "sm_90"
+    return (
+        architecture == "sm_90"
         and problem.dtype in ("float16", "bfloat16")
         and problem.head_dim in (64, 128)
         and plan.block == (128, 128)
         and _SCALES[0] < problem.scale < _SCALES[1]
+        and (plan.is_dense or plan.omitted == "drop" or "%lse" not in plan.returns)
     )
+
+
+def _hopper() -> Any:
+    """The module of Hopper's kernel, or None where this Triton has no Gluon, or another one."""
     try:
-        return import_module("rainfusion.backends.triton.attend_hopper") if fits else None
-    except (ImportError, AttributeError):  # a Triton without Gluon, or with another one
+        return import_module("rainfusion.backends.triton.attend_hopper")
+    except (ImportError, AttributeError):
         return None

@@ -1,8 +1,8 @@
 """attend as one plain Triton kernel, for every device Triton compiles for.
 
 A program holds up to 128 query rows of one head and walks their list of key blocks; the means of skipped blocks
-(`omitted="summary"`) follow in the same softmax. Tokens are read through the orders, or straight where the tensors
-stand in block order already, and the output goes to the caller's tokens: nothing is restored afterwards.
+(`omitted="summary"`) follow in the same softmax. The output is written to the caller's tokens, so nothing is
+restored afterwards.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from rainfusion.backends.triton.configs import AttendConfig
 from rainfusion.backends.triton.dot import dot
-from rainfusion.backends.triton.operands import Attention
+from rainfusion.backends.triton.operands import LOG2_E, Attention
 
-LOG2_E = 1.0 / math.log(2.0)
 _LN_2 = tl.constexpr(math.log(2.0))
 
 

@@ -26,12 +26,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rainfusion.backends.triton.operands import Attention
+from rainfusion.backends.triton.operands import LOG2_E, Attention
 
 ROWS, KEYS = 128, 128
 HEAD_DIMS = (64, 128)
 STAGES = 2  # slots of the rings of k and v
-_LOG2_E = 1.0 / math.log(2.0)
 _LN_2 = gl.constexpr(math.log(2.0))
 _NONE = gl.constexpr(float("-inf"))
 # A row's maximum may be exceeded by this much, in base 2, before its sums are rescaled: float32 bears it.
@@ -74,7 +73,7 @@ def attend_hopper(given: Attention, out: Tensor, lse: Tensor | None) -> None:
         given.kv_blocks,
         0 if means is None else -(-given.kv_blocks // KEYS),
         *lists.strides,
-        given.scale * _LOG2_E,
+        given.scale * LOG2_E,
         DIM=dim,
         STAGES=STAGES,
         RAGGED=given.kv_len % KEYS != 0,

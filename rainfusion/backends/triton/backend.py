@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import RLock
 from typing import Any
 
@@ -34,7 +34,7 @@ class TritonBackend(Backend):
     def devices(self) -> Sequence[Device]:
         if torch.cuda.is_available():
             return [_cuda(i) for i in range(torch.cuda.device_count())]
-        if _interprets():
+        if chip.interprets():
             return [Device("cpu", name="Triton's interpreter on the CPU", stand_in="Triton's interpreter")]
         raise BackendUnavailableError(
             "torch finds no CUDA device", "a torch built for CUDA or ROCm, or TRITON_INTERPRET=1 to try it on a CPU"
@@ -45,13 +45,13 @@ class TritonBackend(Backend):
             return None
         if array.device.type == "cuda":
             return Device("cuda", array.device.index)
-        return Device("cpu") if array.device.type == "cpu" and _interprets() else None
+        return Device("cpu") if array.device.type == "cpu" and chip.interprets() else None
 
     def capabilities(self, device: Device) -> Capabilities:
         return Capabilities(dtypes=frozenset({"float16", "bfloat16", "float32"}), architectures=VERIFIED_ON)
 
     def preference(self, plan: Plan, device: Device) -> int:
-        return TUNED if device.type == "cuda" else ORACLE - 1  # nobody wants interpreted kernels unasked
+        return ORACLE - 1 if chip.interprets() else TUNED  # nobody wants interpreted kernels unasked
 
     def speedup(self, plan: Plan, device: Device) -> float | None:
         return cost.speedup(plan, chip.architecture(torch.device(str(device))))
@@ -60,7 +60,7 @@ class TritonBackend(Backend):
         return [Kernel(covers, build) for covers in RUNS]
 
     def record(self, executable: Executable, q: Array, k: Array, v: Array, mask: BlockMask | None) -> Any:
-        return torch_graph.run(executable, q, k, v, mask) if torch_graph.is_tracing() else None
+        return torch_graph.record(executable, q, k, v, mask)
 
     def check_inputs(self, q: Array, k: Array, v: Array) -> None:
         refuse_gradients(q, k, v)
@@ -68,9 +68,13 @@ class TritonBackend(Backend):
     @contextmanager
     def running(self, device: Device) -> Iterator[None]:
         """Without autograd and autocast, and with kernels launched on the tensors' device."""
-        place = torch.cuda.device(device.index) if device.type == "cuda" else _interpreting()
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), place:
+        place = torch.cuda.device(device.index) if device.type == "cuda" else nullcontext()
+        mode = _interpreting() if chip.interprets() else nullcontext()
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), place, mode:
             yield
+
+    def to_native(self, array: torch.Tensor) -> torch.Tensor:
+        return array.resolve_neg()  # kernels read what lies in memory, whatever sign a view of it has
 
     def from_native(self, array: torch.Tensor, like: Array, dtype: str) -> torch.Tensor:
         return array.to(getattr(torch, dtype))
@@ -101,10 +105,3 @@ def _interpreting() -> Iterator[None]:
     with _one_at_a_time, warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
-
-
-def _interprets() -> bool:
-    """Whether kernels were made for Triton's interpreter, which is settled when they are first imported."""
-    from rainfusion.backends.triton.attend_blocks import _attend
-
-    return type(_attend).__name__ == "InterpretedFunction"

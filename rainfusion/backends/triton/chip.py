@@ -5,14 +5,22 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from triton.runtime.jit import JITFunction
+
+from rainfusion.backends.triton.dot import dot
 
 INTERPRETED = "interpreted"
 
 
+def interprets() -> bool:
+    """Whether kernels were made for Triton's interpreter, which is settled when they are first imported."""
+    return not isinstance(dot, JITFunction)
+
+
 @lru_cache
 def architecture(device: torch.device) -> str:
-    """``sm_90`` and the like on NVIDIA, ``gfx942`` and the like on AMD, ``interpreted`` on the CPU."""
-    if device.type != "cuda":
+    """``sm_90`` and the like on NVIDIA, ``gfx942`` and the like on AMD, ``interpreted`` where nothing is compiled."""
+    if interprets() or device.type != "cuda":
         return INTERPRETED
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]

@@ -64,5 +64,8 @@ def attend_configs(itemsize: int, head_dim: int, architecture: str) -> tuple[Att
     """
     if architecture == INTERPRETED:
         return (_INTERPRETED,)
-    measured = [c for (size, dim), c in _MEASURED.items() if size == itemsize and head_dim <= dim]
-    return (*measured[: architecture == "sm_90"], *_SAFE)
+    if architecture == "sm_90":
+        for (size, widest), measured in _MEASURED.items():
+            if size == itemsize and head_dim <= widest:
+                return (measured, *_SAFE)
+    return _SAFE

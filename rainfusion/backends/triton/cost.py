@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rainfusion.backends.triton.attend import takes_hopper
 from rainfusion.core.ir import Plan
 from rainfusion.core.problem import AttentionProblem
 
@@ -31,8 +32,8 @@ class Rates:
     sparse_call: float
 
 
-# By architecture and head dim, from `benchmarks/cuda_attention.py` on an H100. What a call takes at least is its five
-# or six launches; it was read off stages that the device finishes sooner than that.
+# By architecture and head dim, from `benchmarks/cuda_attention.py` on an H100. What a call takes at least is its seven
+# launches; it was read off stages that the device finishes sooner than that.
 MEASURED: dict[tuple[str, int], Rates] = {("sm_90", 128): Rates(560e12, 600e12, 2.4e12, 30e-6, 500e-6)}
 
 
@@ -40,8 +41,7 @@ def speedup(plan: Plan, architecture: str) -> float | None:
     """How many times faster than dense attention the plan is estimated to be; None where that was not measured."""
     problem = plan.problem
     rates = MEASURED.get((architecture, problem.head_dim))
-    half = problem.dtype in ("float16", "bfloat16")
-    if rates is None or not half or plan.flops is None or plan.block != (128, 128):
+    if rates is None or plan.flops is None or not takes_hopper(plan, architecture):
         return None
     dense = max(problem.dense_flops / rates.dense, rates.dense_call)
     if plan.is_dense:

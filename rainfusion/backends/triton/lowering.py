@@ -47,7 +47,11 @@ RUNS = (
 """The runs of operations that are lowered as one: whole plans, with and without summaries, and their parts."""
 
 
-def build(segment: Segment, plan: Plan, device: Device) -> Callable[..., tuple[Tensor, ...]]:
+_captured: set[Lowered] = set()
+"""What a CUDA graph has captured stays for good: the graph replays on its constants, however long it lives."""
+
+
+def build(segment: Segment, plan: Plan, device: Device) -> Callable[..., tuple[Tensor | None, ...]]:
     """The function of one run of operations.
 
     Raises:
@@ -59,7 +63,7 @@ def build(segment: Segment, plan: Plan, device: Device) -> Callable[..., tuple[T
 
 
 class Lowered:
-    """A run of operations on one device. Calls share constants only, so it is thread-safe."""
+    """A run of operations on one device. Calls share constants, and the choice of a kernel, which locks itself."""
 
     def __init__(self, segment: Segment, plan: Plan, device: torch.device) -> None:
         self._segment, self._plan, self._device = segment, plan, device
@@ -75,7 +79,8 @@ class Lowered:
         if "attend" in names:
             self._attend = Attend.of(plan, device, mean_dtype=mean_dtype if self._summarises else None)
         q, kv = plan.q_axis, plan.kv_axis
-        self._q_order, self._kv_order = (self._order(axis) for axis in (q, kv))
+        order = self._order(q, kv)
+        self._q_order, self._kv_order = (order if self._walks(axis) else None for axis in (q, kv))
         if isinstance(plan.policy, TopK) and self._selects:
             self._quotas = torch.tensor(plan.policy.row_quotas(q, kv), dtype=torch.int32, device=device)
         self._every = every_block(kv.blocks, device) if plan.is_dense else None
@@ -83,12 +88,14 @@ class Lowered:
         counts = plan.row_counts
         self._tiles = None if counts is None else heavy_first(counts, sequences, device)
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         """The values named by ``segment.outputs`` from those named by ``segment.inputs``."""
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured.add(self)
         values = dict(zip(self._segment.inputs, tensors, strict=True))
         q, k, v = self.fold(values)
         lists = self.list(q, k, values.get("%mask"))
-        made = {} if lists.mask is None else {"%mask": lists.mask}
+        made: dict[str, Tensor | None] = {} if lists.mask is None else {"%mask": lists.mask}
         if self._attend is not None:
             assert v is not None
             made.update(zip(self._segment.ops[-1].outs, self.attend(q, k, v, lists), strict=False))
@@ -99,9 +106,13 @@ class Lowered:
         """Which attention kernel this is, for `print(executable)`."""
         return "" if self._attend is None else str(self._attend)
 
-    def _order(self, axis: BlockedAxis) -> Tensor | None:
-        """Position to token on one side; None where tokens stand in block order."""
-        if not axis.ordered or self._plan.order == "given" or self._plan.is_dense:
+    def _walks(self, axis: BlockedAxis) -> bool:
+        """Whether the tokens of one side are walked through the order, rather than as they stand."""
+        return axis.ordered and self._plan.order == "window" and not self._plan.is_dense
+
+    def _order(self, *axes: BlockedAxis) -> Tensor | None:
+        """Position to token, where a side needs it."""
+        if not any(self._walks(axis) for axis in axes):
             return None
         return torch.tensor(self._plan.layout.order, dtype=torch.int32, device=self._device)
 
@@ -137,8 +148,8 @@ class Lowered:
         assert isinstance(plan.policy, TopP)
         return select_top_p(score, plan.policy, rows.blocks, kv, self._wanted)
 
-    def attend(self, q: Folded, k: Folded, v: Folded, lists: BlockLists) -> tuple[Tensor, Tensor]:
-        """Output, and log-sum-exp (not written where nobody reads it), over the listed blocks."""
+    def attend(self, q: Folded, k: Folded, v: Folded, lists: BlockLists) -> tuple[Tensor, Tensor | None]:
+        """Output, and log-sum-exp where somebody reads it, over the listed blocks."""
         assert self._attend is not None
         problem = self._plan.problem
         means = None
@@ -161,8 +172,8 @@ class Lowered:
             means=means,
         )
         out = _empty_output(q.tokens, problem.q_shape, problem.tensor_layout)
-        lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-        self._attend(given, out, lse if self._wants_lse else None)
+        lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device) if self._wants_lse else None
+        self._attend(given, out, lse)
         return out, lse
 
 

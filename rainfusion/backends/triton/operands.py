@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from rainfusion.backends.triton.select_blocks import BlockLists
+
+LOG2_E = 1.0 / math.log(2.0)
+"""Kernels keep logits in base 2, whose exponential is one instruction."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Attention:
         tiles: int32 ``[B * H * q blocks]``, the query blocks in the order in which they are started.
         scale: factor on the logits.
         q_order, kv_order: int32, position to token, where q or k and v are read through it; None where they stand in
-            block order.
+            block order. Only the plain kernel takes them, and no plan is lowered so: folding first was faster.
         out_order: the same for the output.
         means: what stands for skipped blocks, if these count.
     """

@@ -27,7 +27,9 @@ class BlockLists:
 
     Attributes:
         counts: int32 ``[rows]``, or ``[1]`` where all rows are alike.
-        indices: int32 ``[rows, key blocks]``, or ``[1, key blocks]``: ascending, the first `counts` are valid.
+        indices: int32 ``[rows, key blocks]``, or ``[1, key blocks]``: ascending, the first `counts` are valid. A row
+            that keeps nothing, which only a mask written to after it was checked can have, holds no valid index:
+            kernels may read anything there, and must neither hang nor leave the tensors for it.
         mask: bool ``[batch, heads, q blocks, key blocks]``, where something returns it.
         bias: float32 ``[rows, key blocks in whole steps]``, where means stand for skipped blocks: what is added to
             their logits, the base-2 log of the tokens they stand for; minus infinity for blocks that are kept.
@@ -128,8 +130,8 @@ def list_blocks(mask: Tensor, kv: BlockedAxis, wanted: Wanted) -> BlockLists:
 
 def every_block(blocks: int, device: torch.device) -> BlockLists:
     """One list for all rows, that of all key blocks."""
-    counts = torch.full((1,), blocks, dtype=torch.int32, device=device)
-    return BlockLists(counts, torch.arange(blocks, dtype=torch.int32, device=device)[None])
+    counts, indices = [blocks], [range(blocks)]  # copied, so that they are there for every stream
+    return BlockLists(*(torch.tensor(x, dtype=torch.int32, device=device) for x in (counts, indices)))
 
 
 def _empty(shape: tuple[int, int, int, int], device: torch.device, wanted: Wanted) -> BlockLists:

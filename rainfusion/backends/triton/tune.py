@@ -8,12 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 
-from triton.runtime.errors import OutOfResources
+from triton.compiler.errors import CompilationError
+from triton.runtime import errors
 from triton.testing import do_bench
 
 from rainfusion.backends.triton.configs import AttendConfig
 
 ASKED = "RAINFUSION_TRITON_AUTOTUNE"
+does_not_compile: tuple[type[Exception], ...] = (
+    CompilationError,
+    getattr(errors, "PTXASError", CompilationError),  # from Triton 3.3 on
+)
+"""What Triton raises where it cannot compile a kernel."""
 
 
 def is_asked() -> bool:
@@ -22,11 +28,11 @@ def is_asked() -> bool:
 
 
 def fastest_first(configs: Iterable[AttendConfig], launch: Callable[[AttendConfig], None]) -> list[AttendConfig]:
-    """The settings the device can hold, by median time of `launch`."""
+    """The settings that compile and that the device can hold, by median time of `launch`; none where none does."""
     times: dict[AttendConfig, float] = {}
     for config in configs:
         try:
             times[config] = do_bench(lambda config=config: launch(config), return_mode="median")
-        except OutOfResources:
+        except (errors.OutOfResources, *does_not_compile):
             continue
     return sorted(times, key=times.__getitem__)
