@@ -9,14 +9,15 @@
 `stages`   one video: mask chain, order and output order; the whole call against cuDNN's dense attention.
 `lengths`  the whole call against torch's dense attention, from short sequences on: where skipping begins to pay.
 
-Medians of `triton.testing.do_bench`, the kernels of a table in rotating order: a card at its power limit gets slower
-as it gets warm, and this way it does so for all of them.
+Medians of `triton.testing.do_bench`, the kernels of a table in random order, each warmed up for as long as it is
+measured: a card at its power limit runs a kernel as fast as the heat of the one before it allows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import warnings
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from rainfusion.core.errors import RainfusionWarning
 from rainfusion.integrations.flex_attention import to_flex
 
 BLOCK = 128
+WARM = 200  # milliseconds
 ATTEND = ((12, 32768, 0.8), (12, 32768, 0.9), (40, 75776, 0.8), (40, 75776, 0.9))
 VIDEOS = ((12, (21, 30, 52)), (40, (21, 45, 80)))
 LENGTHS = ((12, (4, 16, 16)), (12, (8, 16, 16)), (12, (16, 16, 16)), (12, (16, 16, 32)), (12, (16, 32, 32)))
@@ -84,10 +86,10 @@ def medians(kernels: Kernels, rounds: int) -> dict[str, float]:
             if name not in OTHERS:
                 raise
             print(f"  {name}: {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}")
-    names, times = list(able), {name: [] for name in able}
+    times: dict[str, list[float]] = {name: [] for name in able}
     for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(do_bench(able[name], warmup=20, rep=100, return_mode="median"))
+        for name in random.Random(turn).sample(list(able), len(able)):
+            times[name].append(do_bench(able[name], warmup=WARM, rep=WARM, return_mode="median"))
     return {name: statistics.median(t) for name, t in times.items()}
 
 

@@ -130,6 +130,8 @@ def test_the_kit_passes() -> None:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "no:benchmark",  # where it is installed, it warns of the workers that this test may run on
         "--pyargs",
         "rainfusion.plugins.conformance",
     ]

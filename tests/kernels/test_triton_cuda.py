@@ -123,10 +123,16 @@ on_hopper = pytest.mark.skipif(
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("kv_len", [128, 512, 600])
+@pytest.mark.parametrize("kv_len", [128, 512, 600, 2563])
 @pytest.mark.parametrize("means", [False, True])
-def test_both_kernels_agree(dtype: torch.dtype, head_dim: int, kv_len: int, means: bool) -> None:
+@pytest.mark.parametrize("ring", [False, True])
+def test_both_kernels_agree(
+    dtype: torch.dtype, head_dim: int, kv_len: int, means: bool, ring: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows that keep few blocks, one of them perhaps the ragged one, and more tiles than programs."""
+    from rainfusion.backends.triton import attend_hopper
+
+    monkeypatch.setattr(attend_hopper, "_outgrows_cache", lambda k, kv_len: ring)
     generator = torch.Generator("cuda").manual_seed(0)
     q = torch.randn(2, 40, 900, head_dim, generator=generator, device="cuda", dtype=dtype)
     k, v = (torch.randn(2, 20, kv_len, head_dim, generator=generator, device="cuda", dtype=dtype) for _ in range(2))

@@ -9,8 +9,13 @@ first, until none is left. Inside it
   q kᵀ of step j+1, and the row maximum of step j+1 under p v of step j ("split softmax"). Step j+1 may belong to the
   next tile: the stream of steps does not pause between tiles.
 
-Steps whose logits need a bias come last in a tile: the ragged last key block, then the means of the skipped blocks
-(`omitted="summary"`), 128 of them a step. Output and log-sum-exp go straight to the caller's tokens.
+The means of the skipped blocks (`omitted="summary"`) come last in a tile, 128 of them a step. Output and log-sum-exp go
+straight to the caller's tokens.
+
+**Where a walk begins.** Programs drift apart, and before long they are all over a head's keys. Where the head outgrows
+the cache, each then fetches from memory what another fetched before. So lists are walked as rings: P programs take a
+tile every P-th of a walk, and the p-th tile begins p/P of a round in, which is where the others are by then. It depends
+on p alone, not on timing: results are the same bits every time.
 """
 
 from __future__ import annotations
@@ -49,7 +54,8 @@ def attend_hopper(given: Attention, out: Tensor, lse: Tensor | None) -> None:
     q, k, v, means, lists = given.q, given.k, given.v, given.means, given.lists
     heads, dim = q.shape[1], q.shape[3]
     tiles = given.tiles.numel()
-    _attend[(min(tiles, _multiprocessors(q.device)),)](
+    programs = min(tiles, _multiprocessors(q.device))
+    _attend[(programs,)](
         _tokens(q, given.q_len, ROWS // 2),
         _tokens(k, given.kv_len, KEYS),
         _tokens(v, given.kv_len, KEYS),
@@ -72,6 +78,7 @@ def attend_hopper(given: Attention, out: Tensor, lse: Tensor | None) -> None:
         given.q_blocks,
         given.kv_blocks,
         0 if means is None else -(-given.kv_blocks // KEYS),
+        programs if _outgrows_cache(k, given.kv_len) else 1,
         *lists.strides,
         given.scale * LOG2_E,
         DIM=dim,
@@ -115,6 +122,16 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _outgrows_cache(k: Tensor, kv_len: int) -> bool:
+    """Whether keys and values of one head are more than half of the second-level cache, the part near a program."""
+    return 2 * kv_len * k.shape[3] * k.element_size() > _cache_bytes(k.device) // 2
+
+
+@lru_cache
+def _cache_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
 # -- what the parts of the kernel share ------------------------------------------------------------------
 
 
@@ -127,13 +144,13 @@ class Ring(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One query block of one head: its number, -1 where there is none any more; how many key blocks it keeps, and how
-    many of these, from the first on, are not ragged.
+    """One query block of one head: its number, -1 where there is none any more; how many key blocks it keeps, and the
+    step of the ragged one, -1 where it keeps that not.
     """
 
     number: gl.tensor
     kept: gl.tensor
-    whole: gl.tensor
+    ragged: gl.tensor
 
 
 class Mail(NamedTuple):
@@ -141,7 +158,7 @@ class Mail(NamedTuple):
 
     tile: gl.shared_memory_descriptor
     kept: gl.shared_memory_descriptor
-    whole: gl.shared_memory_descriptor
+    ragged: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     free: gl.shared_memory_descriptor
 
@@ -158,7 +175,9 @@ class Lists(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Lengths, heads and blocks of the call; `mean_steps` runs of means follow the kept blocks of a tile."""
+    """Lengths, heads and blocks of the call; `mean_steps` runs of means follow the kept blocks of a tile, whose walk
+    begins at one of `phases` places.
+    """
 
     q_len: gl.tensor
     kv_len: gl.tensor
@@ -168,6 +187,7 @@ class Sizes(NamedTuple):
     q_blocks: gl.tensor
     kv_blocks: gl.tensor
     mean_steps: gl.tensor
+    phases: gl.tensor
     scale: gl.tensor
 
 
@@ -218,6 +238,7 @@ def _attend(
     q_blocks,
     kv_blocks,
     mean_steps,
+    phases,
     count_stride,
     index_stride,
     scale,
@@ -248,7 +269,7 @@ def _attend(
         bias.index(STAGES).reshape([128]).store(gl.where(valid, 0.0, _NONE))
     rings = (q_ring, k_ring, v_ring, bias, mail)
     lists = Lists(tiles, counter, counts, indices, count_stride, index_stride)
-    sizes = Sizes(q_len, kv_len, tile_count, heads, group, q_blocks, kv_blocks, mean_steps, scale)
+    sizes = Sizes(q_len, kv_len, tile_count, heads, group, q_blocks, kv_blocks, mean_steps, phases, scale)
     outs = (out, lse, out_order, out_b, out_h, out_n)
     sources = (q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, bias_desc)
     gl.warp_specialize(
@@ -271,7 +292,7 @@ def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.const
     q_ring, k_ring, v_ring, bias, mail = rings
     it = 0
     t = 0
-    taken, tile, kept, block = _take_tile(lists, sizes)
+    taken, tile, kept, begin, block = _take_tile(lists, sizes)
     going = True
     while going:
         going = taken < sizes.tiles
@@ -280,7 +301,7 @@ def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.const
         head = (b, h // sizes.group)
         listed = lists.indices + tile.to(gl.int64) * lists.index_stride
         steps = kept + sizes.mean_steps
-        _tell(mail, t, gl.where(going, tile, -1), kept, listed, sizes)
+        _tell(mail, t, gl.where(going, tile, -1), kept, begin, listed, sizes)
         _fill(k_ring, it, k_desc, head, block * 128, STAGES)
         _wait_free(q_ring, t, 2)
         mbarrier.expect(q_ring.full.index(t % 2), 2 * q_desc.block_type.nbytes)
@@ -288,10 +309,11 @@ def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.const
             row = (tile % sizes.q_blocks) * 128 + half * 64
             _fetch(q_desc, [b, h, row, 0], q_ring.full.index(t % 2), q_ring.data.index((t % 2) * 2 + half))
         if going:
-            current, last, current_block = tile, kept - 1, block
-            taken, tile, kept, block = _take_tile(lists, sizes)
+            current, last, first, current_block = tile, kept - 1, begin, block
+            taken, tile, kept, begin, block = _take_tile(lists, sizes)
             for j in range(1, steps + 1):
-                following = gl.load(listed + gl.minimum(j, last))
+                at = first + gl.minimum(j, last)
+                following = gl.load(listed + gl.where(at > last, at - last - 1, at))
                 mean = (j - 1 - last) * 128  # the first of the means of step j, if these have begun
                 if j < steps:
                     if MEANS and mean >= 0:
@@ -309,28 +331,29 @@ def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.const
 
 @gluon.jit
 def _take_tile(lists, sizes):
-    """The next tile off the counter, how many blocks it keeps and the first of them.
+    """The next tile off the counter, how many blocks it keeps, where in their list its walk begins and that block.
 
     Beyond the last tile it is the last tile again, whose first block and queries are fetched for nothing: the
     consumers look one step ahead, and this gives them something to see.
     """
     taken = gl.atomic_add(lists.counter, 1, sem="relaxed")
     tile = gl.load(lists.tiles + gl.minimum(taken, sizes.tiles - 1))
-    count = gl.load(lists.counts + tile * lists.count_stride)
-    block = gl.load(lists.indices + tile.to(gl.int64) * lists.index_stride)
     # A row that keeps nothing walks one block in vain: nobody may wait for ever for a step that never comes.
-    return taken, tile, gl.maximum(count, 1), block
+    kept = gl.maximum(gl.load(lists.counts + tile * lists.count_stride), 1)
+    begin = kept * (taken % sizes.phases) // sizes.phases
+    block = gl.load(lists.indices + tile.to(gl.int64) * lists.index_stride + begin)
+    return taken, tile, kept, begin, block
 
 
 @gluon.jit
-def _tell(mail, t, tile, kept, listed, sizes):
+def _tell(mail, t, tile, kept, begin, listed, sizes):
     last = gl.load(listed + kept - 1)
     ragged = (last == sizes.kv_blocks - 1) & (sizes.kv_len % 128 != 0)
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     _wait_free(mail, t, 2)
     mail.tile.index(t % 2).store(gl.full([1], tile, gl.int32, one))
     mail.kept.index(t % 2).store(gl.full([1], kept, gl.int32, one))
-    mail.whole.index(t % 2).store(gl.full([1], gl.where(ragged, kept - 1, kept), gl.int32, one))
+    mail.ragged.index(t % 2).store(gl.full([1], gl.where(ragged, kept - 1 - begin, -1), gl.int32, one))
     mbarrier.arrive(mail.full.index(t % 2), count=1)
 
 
@@ -403,9 +426,9 @@ def _hear(mail, t):
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     number = gl.max(mail.tile.index(t % 2).load(one), 0)
     kept = gl.max(mail.kept.index(t % 2).load(one), 0)
-    whole = gl.max(mail.whole.index(t % 2).load(one), 0)
+    ragged = gl.max(mail.ragged.index(t % 2).load(one), 0)
     mbarrier.arrive(mail.free.index(t % 2), count=1)
-    return Tile(number, kept, whole)
+    return Tile(number, kept, ragged)
 
 
 @gluon.jit
@@ -450,7 +473,7 @@ def _shifted(s, peak, j, tile, rings, it, sizes, STAGES: gl.constexpr, RAGGED, M
     _, _, _, bias, _ = rings
     column: gl.constexpr = gl.SliceLayout(0, _accumulator(128))
     if RAGGED:
-        if j == tile.whole:
+        if j == tile.ragged:
             s += gl.expand_dims(bias.index(STAGES).reshape([128]).load(column), 0)
     if MEANS:
         if j >= tile.kept:
