@@ -117,7 +117,7 @@ def attend(args: argparse.Namespace, ratios: list[dict[str, Any]]) -> list[dict[
         q, k, v = tensors(heads, length, args)
         mask = random_mask(heads, length, sparsity)
         flops = 4 * q.numel() * length
-        times = medians(_attend_kernels(q, k, v, mask), args.rounds)
+        times = medians(attend_kernels(q, k, v, mask), args.rounds)
         rates = {name: flops * (1 if "dense" in name else mask.density) / ms / 1e9 for name, ms in times.items()}
         baseline = _baseline(rates, FLASH_4)
         print(f"\nattend: {heads} heads, {length} tokens, {sparsity:.0%} skipped")
@@ -139,7 +139,7 @@ def _baseline(measured: dict[str, float], *first: str) -> str:
 OURS, PLAIN = "rainfusion", "rainfusion, plain kernel"
 
 
-def _attend_kernels(q: Tensor, k: Tensor, v: Tensor, mask: rainfusion.BlockMask) -> Kernels:
+def attend_kernels(q: Tensor, k: Tensor, v: Tensor, mask: rainfusion.BlockMask) -> Kernels:
     problem = rainfusion.AttentionProblem.from_tensors(q, k, v)
     executable = rainfusion.lower(
         rainfusion.plan(problem, policy=rainfusion.Fixed()), device="cuda:0", backend="triton"
