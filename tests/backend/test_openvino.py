@@ -22,7 +22,7 @@ ov = pytest.importorskip("openvino")
 
 from openvino import opset13 as op  # noqa: E402
 
-from rainfusion.backends.openvino import order, runtime, schedule, select_blocks, tensors  # noqa: E402
+from rainfusion.backends.openvino import memory, order, runtime, schedule, select_blocks, tensors  # noqa: E402
 from rainfusion.backends.openvino.backend import OpenVinoBackend  # noqa: E402
 
 BACKEND = OpenVinoBackend()
@@ -94,6 +94,76 @@ class TestMemoryIsShared:
         kept = first.copy()
         run(*qkv(rng, 1, 2, 300, 64))
         np.testing.assert_array_equal(first, kept)
+
+    def test_a_view_of_a_result_outlives_it(self, rng):
+        run = lowered(rainfusion.AttentionProblem(1, 2, 300, 300, 64))
+        view = run(*qkv(rng, 1, 2, 300, 64))[0, 1, 5:7]
+        kept = view.copy()
+        for _ in range(3):
+            run(*qkv(rng, 1, 2, 300, 64))
+        np.testing.assert_array_equal(view, kept)
+
+    def test_a_torch_result_outlives_its_array(self):
+        torch = pytest.importorskip("torch")
+        run = lowered(rainfusion.AttentionProblem(1, 2, 300, 300, 64, "bfloat16"))
+        q = torch.randn(1, 2, 300, 64, dtype=torch.bfloat16)
+        first = run(q, q, q)[:, 1]
+        kept = first.clone()
+        for _ in range(3):
+            run(q * 2, q, q)
+        assert torch.equal(first, kept)
+
+
+class TestPool:
+    """Memory goes to the next call only when nobody has it any more."""
+
+    F32 = np.dtype(np.float32)
+
+    def test_memory_of_what_is_gone_is_used_again(self):
+        pool = memory.Pool()
+        first = pool.array((4, 8), self.F32)
+        address = first.ctypes.data
+        del first
+        assert pool.array((8, 4), self.F32).ctypes.data == address
+
+    @pytest.mark.parametrize("view", [lambda x: x, lambda x: x[1:].T, lambda x: x.view(np.uint8)[0], np.asarray])
+    def test_memory_of_what_is_there_is_not(self, view):
+        pool = memory.Pool()
+        held = view(pool.array((4, 8), self.F32))
+        held[...] = 1
+        pool.array((4, 8), self.F32)[...] = 2
+        assert (held == 1).all()
+
+    def test_no_more_waits_than_the_limit(self):
+        pool = memory.Pool(limit=300)
+        many = [pool.array((25,), self.F32) for _ in range(5)]
+        del many
+        assert pool.unused() <= 300
+        pool.array((1000,), self.F32)
+        assert pool.unused() <= 300
+
+    def test_other_sizes_make_room(self):
+        pool = memory.Pool(limit=1000)
+        for size in (100, 250, 60):
+            pool.array((size,), self.F32)
+            assert 4 * size <= pool.unused() <= 1000
+
+    def test_empty_arrays(self):
+        assert memory.Pool().array((0, 8), self.F32).shape == (0, 8)
+
+    def test_threads_do_not_share(self):
+        pool = memory.Pool()
+
+        def keeps_its_own(number: int) -> bool:
+            for _ in range(200):
+                mine = pool.array((64,), self.F32)
+                mine[:] = number
+                if not (mine == number).all():
+                    return False
+            return True
+
+        with ThreadPoolExecutor(8) as threads:
+            assert all(threads.map(keeps_its_own, range(8)))
 
 
 class TestPrecision:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from rainfusion.backends.interop import numpy_dtype
-from rainfusion.backends.openvino.order import reorder
+from rainfusion.backends.openvino.memory import POOL
+from rainfusion.backends.openvino.order import in_block_order, reorder
 from rainfusion.backends.openvino.row_model import RowModel, row_requests
 from rainfusion.backends.openvino.runtime import Arrays, computes_in
 from rainfusion.backends.openvino.schedule import Piece, pieces
@@ -18,7 +19,7 @@ from rainfusion.core.ir import Plan
 ATTEND = ("attend",)
 ATTEND_WITH_SUMMARY = ("attend", "attend", "merge")
 
-# Fewer, larger requests save hand-outs, until what they gather leaves the second-level cache (2 MiB a core
+# Fewer, larger requests save hand-outs, until what they gather is long out of the second-level cache (1 or 2 MiB a core
 # where this was tuned); the logits of rows that share their keys may not make up the memory of a call.
 _GATHERED_BYTES = 2**22
 _LOGITS = 2**21
@@ -67,15 +68,22 @@ class Attend:
         Returns:
             ``(out,)`` or ``(out, lse)``: ``[B, H, q_len, D]`` in the dtype of the products, float32 ``[B, H, q_len]``.
         """
-        tables = [rows_of(x.astype(numpy_dtype(self.dtype), copy=False)) for x in (q, k, v)]
+        query, keys, values = (rows_of(x.astype(numpy_dtype(self.dtype), copy=False)) for x in (q, k, v))
+        tables = [query, self._in_runs(keys), self._in_runs(values)]
         summaries = [rows_of(x) for x in means]
         scale = np.full((1, 1, 1), self.plan.problem.scale, np.float32)
         work = self._pieces(mask)
         staged = _Staged(self.plan, self.orders[0], work, numpy_dtype(self.dtype))
         common = [scale, *(rows.table for rows in (*tables, *summaries))]
-        inputs = _Inputs(self.plan, self.orders, tables, summaries)
+        inputs = _Inputs(self.plan, self.orders[0], tables, summaries)
         self.requests.run(common, ((inputs(piece), staged.parts(at, self.lse)) for at, piece in enumerate(work)))
         return staged.restored(self.device, self.lse)
+
+    def _in_runs(self, rows: Rows) -> Rows:
+        """Keys or values in block order, in rows as long as they go."""
+        p, order = self.plan.problem, self.orders[1]
+        ordered = rows if order is None else in_block_order(rows, order, p.batch, p.kv_heads, self.device)
+        return ordered.in_runs(self.plan.kv_axis)
 
     def _pieces(self, mask: np.ndarray | None) -> list[Piece]:
         p, q, kv = self.plan.problem, self.plan.q_axis, self.plan.kv_axis
@@ -88,11 +96,12 @@ class Attend:
 class _Inputs:
     """Makes the inputs of a request from a piece: row numbers, and for summaries the logit bias."""
 
-    def __init__(self, plan: Plan, orders: list[np.ndarray | None], tables: list[Rows], means: list[Rows]) -> None:
+    def __init__(self, plan: Plan, q_order: np.ndarray | None, tables: list[Rows], means: list[Rows]) -> None:
         p, kv = plan.problem, plan.kv_axis
-        self._query = BlockRows(tables[0], plan.q_axis, orders[0], tables[0].base(p.batch, p.heads))
-        self._keys, self._values = (BlockRows(x, kv, orders[1], x.base(p.batch, p.heads, p.group)) for x in tables[1:])
-        self._same_rows = tables[1].strides == tables[2].strides
+        self._query = BlockRows(tables[0], plan.q_axis, q_order, tables[0].base(p.batch, p.heads))
+        self._keys, self._values = (BlockRows(x, kv, None, x.base(p.batch, p.heads, p.group)) for x in tables[1:])
+        self._same_rows = tables[1][1:] == tables[2][1:]
+        self._run = tables[1].run
         self._mean_base = means[0].base(p.batch, p.heads, p.group) if means else None
         self._log_counts = np.log(kv.counts).astype(np.float32)
 
@@ -104,7 +113,8 @@ class _Inputs:
 
     def _summary(self, piece: Piece, keys: np.ndarray) -> Arrays:
         assert self._mean_base is not None
-        bias = np.concatenate([np.zeros(keys.shape, np.float32), self._log_counts[piece.skipped]], axis=1)
+        tokens = (len(keys), keys.shape[1] * self._run)
+        bias = np.concatenate([np.zeros(tokens, np.float32), self._log_counts[piece.skipped]], axis=1)
         return [(self._mean_base[piece.heads, None] + piece.skipped).astype(np.int32), bias[:, None, :]]
 
 
@@ -119,7 +129,7 @@ class _Staged:
         self._taken = [token_rows(piece.heads, piece.query) for piece in work]
         self._starts = np.cumsum([0, *(rows.size for rows in self._taken)])
         # One row more than is written, for queries that keep nothing: output 0, log-sum-exp minus infinity.
-        self._out = np.empty((self._starts[-1] + 1, p.head_dim), dtype)
+        self._out = POOL.array((int(self._starts[-1]) + 1, p.head_dim), dtype)
         self._lse = np.empty(self._starts[-1] + 1, np.float32)
         self._out[-1], self._lse[-1] = 0, -np.inf
 
@@ -137,7 +147,7 @@ class _Staged:
             place[np.concatenate([rows.ravel() for rows in self._taken])] = np.arange(self._starts[-1], dtype=np.int32)
         shape = (p.batch, p.heads, p.q_len)
         swap = (0, 2, 1) if p.tensor_layout == "bshd" else (0, 1, 2)
-        out = np.empty(p.q_shape, self._out.dtype)
+        out = POOL.array(p.q_shape, self._out.dtype)
         numbers = np.ascontiguousarray(place.reshape(shape).transpose(swap)).ravel()
         reorder(self._out, numbers, out.reshape(-1, p.head_dim), device)
         swapped = out.transpose(*swap, 3)

@@ -1,4 +1,8 @@
-"""Rows of a table in another order, by all cores at once."""
+"""Rows of a table in another order, by all cores at once.
+
+Keys and values are put into block order before anything attends to them: each block is gathered many times, and a block
+that lies in one piece is gathered at half the price of its tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,23 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
+from rainfusion.backends.openvino.memory import POOL
 from rainfusion.backends.openvino.runtime import Requests, compiled
-from rainfusion.backends.openvino.tensors import ELEMENTS
+from rainfusion.backends.openvino.tensors import ELEMENTS, Rows
 from rainfusion.core.backend import Device
 
 
 def reorder(table: np.ndarray, numbers: np.ndarray, out: np.ndarray, device: Device) -> None:
     """``out[i] = table[numbers[i]]`` for tables ``[rows, D]``."""
     _requests(table.shape[1], ELEMENTS[table.dtype.name], device).run((), [((table, numbers), (out,))])
+
+
+def in_block_order(rows: Rows, order: np.ndarray, batch: int, heads: int, device: Device) -> Rows:
+    """The tokens of every head, one after the other in `order`; a copy."""
+    numbers = rows.base(batch, heads)[:, None] + (order * rows.strides[2]).astype(np.int32)
+    ordered = POOL.array((numbers.size, rows.table.shape[1]), rows.table.dtype)
+    reorder(rows.table, numbers.ravel(), ordered, device)
+    return Rows(ordered, (heads * len(order), len(order), 1))
 
 
 @cache

@@ -51,15 +51,16 @@ def row_requests(model: RowModel, device: Device) -> Requests:
 
 
 def row_graph(model: RowModel) -> ov.Model:
-    """Inputs: scale, the tables q, k, v ``[rows, D]`` (and those of the block means), row numbers
-    ``[n, L]``, ``[n, K]``, ``[n, K]`` (and ``[n, S]``, logit bias ``[n, 1, K + S]``).
+    """Inputs: scale, the tables q ``[rows, D]``, k and v ``[rows, run * D]`` (and those of the block means), row
+    numbers ``[n, L]``, ``[n, K / run]``, ``[n, K / run]`` (and ``[n, S]``, logit bias ``[n, 1, K + S]``).
     Outputs: ``[n, L, D]`` and, with `lse`, float32 ``[n, L, 1]``.
     """
     # A constant scale would be moved through the gather and multiply whole tables in every request.
     scale = op.parameter([1, 1, 1], ov.Type.f32, "scale")
-    tables = [op.parameter([-1, model.head_dim], model.element, name) for name in ("q", "k", "v")]
+    widths = (model.head_dim, -1, -1)
+    tables = [op.parameter([-1, width], model.element, name) for width, name in zip(widths, "qkv", strict=True)]
     numbers = [op.parameter([-1, -1], ov.Type.i32, f"rows_of_{name}") for name in ("q", "k", "v")]
-    query, keys, values = (_gathered(*pair) for pair in zip(tables, numbers, strict=True))
+    query, keys, values = (_gathered(*pair, model.head_dim) for pair in zip(tables, numbers, strict=True))
     inputs = [scale, *tables, *numbers]
     attended = _Attended(keys, values, None)
     if model.summary:
@@ -80,9 +81,12 @@ def _logits(query: ov.Node, attended: _Attended, scale: ov.Node, element: ov.Typ
     return logits if attended.bias is None else op.add(logits, attended.bias)
 
 
-def _gathered(table: ov.Node, numbers: ov.Node) -> ov.Node:
+def _gathered(table: ov.Node, numbers: ov.Node, head_dim: int) -> ov.Node:
+    """Tokens ``[n, tokens, D]`` from the rows of that number, each of which holds one or more."""
+    rows = op.gather(table, numbers, op.constant(np.int64(ROWS)))
+    tokens = op.reshape(rows, op.constant(np.array([0, -1, head_dim], np.int64)), special_zero=True)
     # The conversion keeps the logits float32 where the products are 16 bit.
-    return op.convert(op.gather(table, numbers, op.constant(np.int64(ROWS))), ov.Type.f32)
+    return op.convert(tokens, ov.Type.f32)
 
 
 def _with_summary(kept: _Attended, head_dim: int, inputs: list[ov.Node]) -> tuple[_Attended, list[ov.Node]]:
@@ -90,7 +94,7 @@ def _with_summary(kept: _Attended, head_dim: int, inputs: list[ov.Node]) -> tupl
     numbers = op.parameter([-1, -1], ov.Type.i32, "skipped")
     bias = op.parameter([-1, 1, -1], ov.Type.f32, "bias")
     keys, values = (
-        op.concat([tokens, _gathered(mean, numbers)], axis=1)
+        op.concat([tokens, _gathered(mean, numbers, head_dim)], axis=1)
         for tokens, mean in zip((kept.keys, kept.values), means, strict=True)
     )
     tables, rows = inputs[:4], inputs[4:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import ml_dtypes
@@ -27,12 +28,25 @@ class Rows(NamedTuple):
     between may belong to other tensors (q, k, v packed into one); nothing reads them.
 
     Attributes:
-        table: C-contiguous view ``[rows, D]``.
-        strides: rows from one sample, head and token to the next.
+        table: C-contiguous view ``[rows, D]``, or ``[rows, run * D]``.
+        strides: rows from one sample, head and token to the next; from one run to the next where there are runs.
+        run: consecutive tokens that a row of the table holds.
     """
 
     table: np.ndarray
     strides: tuple[int, int, int]
+    run: int = 1
+
+    def in_runs(self, axis: BlockedAxis) -> Rows:
+        """The same memory as rows of many tokens, which gather faster: of a block, or of a share that fits the length.
+
+        Tokens must stand in block order; where they do not lie one after the other, these are the rows as they are.
+        """
+        run = math.gcd(axis.block, axis.length, self.table.shape[0], *self.strides[:2])
+        if self.strides[2] != 1 or run == 1:
+            return self
+        sample, head, _ = self.strides
+        return Rows(self.table.reshape(-1, run * self.table.shape[1]), (sample // run, head // run, 1), run)
 
     @property
     def element(self) -> ov.Type:
@@ -65,7 +79,7 @@ def tensor_on(array: np.ndarray) -> ov.Tensor:
 
 
 class BlockRows:
-    """Row numbers of the tokens of blocks, for one side of the attention matrix.
+    """Row numbers of the tokens (or runs) of blocks, for one side of the attention matrix.
 
     Args:
         rows: the tensor whose rows are named.
@@ -75,19 +89,21 @@ class BlockRows:
     """
 
     def __init__(self, rows: Rows, axis: BlockedAxis, order: np.ndarray | None, base: np.ndarray) -> None:
-        tokens = np.arange(axis.length) if order is None else order
-        padded = np.pad(tokens, (0, axis.blocks * axis.block - axis.length), mode="edge")
-        self._grid = (padded * rows.strides[2]).astype(np.int32).reshape(axis.blocks, axis.block)
-        self._axis, self._base = axis, base
+        places = np.arange(axis.length // rows.run) if order is None else order
+        padded = np.pad(places, (0, axis.blocks * axis.block // rows.run - len(places)), mode="edge")
+        blocks = (padded * rows.strides[2]).astype(np.int32).reshape(axis.blocks, -1)
+        self._numbers = base[:, None, None] + blocks
+        self._missing = len(padded) - len(places)
+        self._last = axis.blocks - 1
 
     def __call__(self, heads: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-        """Row numbers int32 ``[n, tokens]`` of the tokens of ``blocks[i]`` of ``heads[i]``.
+        """Row numbers int32 ``[n, tokens or runs]`` of ``blocks[i]`` of ``heads[i]``.
 
         Args:
             heads: int ``[n]``.
             blocks: ascending, int ``[n, m]``; the ragged block ends all of them or none.
         """
-        padded = (self._grid[blocks] + self._base[heads, None, None]).reshape(len(heads), -1)
-        ends_ragged = blocks.size and blocks[0, -1] == self._axis.blocks - 1
-        missing = self._grid.size - self._axis.length if ends_ragged else 0
-        return np.ascontiguousarray(padded[:, : padded.shape[1] - missing])
+        numbers: np.ndarray = self._numbers[heads[:, None], blocks].reshape(len(heads), -1)
+        if self._missing and blocks.size and blocks[0, -1] == self._last:
+            return np.ascontiguousarray(numbers[:, : -self._missing])
+        return numbers
