@@ -25,11 +25,6 @@ from rainfusion.plugins.manager import host
 MASK_ARGUMENTS = "Tensor? mask, SymInt[] mask_sizes, SymInt[] mask_layout, str mask_sink, bool mask_is_sound"
 
 
-def is_tracing() -> bool:
-    """Whether torch is recording a graph just now."""
-    return bool(torch.compiler.is_compiling())
-
-
 def record(executable: Executable, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Any:
     """A call of a lowered plan while torch traces; None while it does not.
 
@@ -37,7 +32,7 @@ def record(executable: Executable, q: Tensor, k: Tensor, v: Tensor, mask: BlockM
         ProblemError: a plan that returns its mask, which is no tensor.
         MaskError: a mask that is no BlockMask.
     """
-    if not is_tracing():
+    if not torch.compiler.is_compiling():
         return None
     if "%mask" in executable.plan.returns:
         raise ProblemError("a BlockMask cannot leave a traced graph; plan without '%mask' among the results")

@@ -68,8 +68,7 @@ class Attend:
         Returns:
             ``(out,)`` or ``(out, lse)``: ``[B, H, q_len, D]`` in the dtype of the products, float32 ``[B, H, q_len]``.
         """
-        query, keys, values = (rows_of(x.astype(numpy_dtype(self.dtype), copy=False)) for x in (q, k, v))
-        tables = [query, self._in_runs(keys), self._in_runs(values)]
+        tables = [self._table(q), self._in_runs(self._table(k)), self._in_runs(self._table(v))]
         summaries = [rows_of(x) for x in means]
         scale = np.full((1, 1, 1), self.plan.problem.scale, np.float32)
         work = self._pieces(mask)
@@ -78,6 +77,10 @@ class Attend:
         inputs = _Inputs(self.plan, self.orders[0], tables, summaries)
         self.requests.run(common, ((inputs(piece), staged.parts(at, self.lse)) for at, piece in enumerate(work)))
         return staged.restored(self.device, self.lse)
+
+    def _table(self, x: np.ndarray) -> Rows:
+        """A tensor's tokens in the dtype of the products."""
+        return rows_of(x.astype(numpy_dtype(self.dtype), copy=False))
 
     def _in_runs(self, rows: Rows) -> Rows:
         """Keys or values in block order, in rows as long as they go."""

@@ -64,8 +64,7 @@ class _Source(NamedTuple):
         """Row numbers of all its tokens, head after head in block order, int32 ``[B * H * tokens]``."""
         order = self.layout.order if self.layout else None
         tokens = np.arange(self.axis.length) if order is None else order
-        base = Rows(np.empty((0, 0)), strides).base(self.batch, self.heads)
-        return (base[:, None] + (tokens * strides[2]).astype(np.int32)).ravel()
+        return Rows(np.empty((0, 0)), strides).numbers(tokens, self.batch, self.heads)
 
 
 class _Graph:

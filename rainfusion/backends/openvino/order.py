@@ -25,9 +25,9 @@ def reorder(table: np.ndarray, numbers: np.ndarray, out: np.ndarray, device: Dev
 
 def in_block_order(rows: Rows, order: np.ndarray, batch: int, heads: int, device: Device) -> Rows:
     """The tokens of every head, one after the other in `order`; a copy."""
-    numbers = rows.base(batch, heads)[:, None] + (order * rows.strides[2]).astype(np.int32)
+    numbers = rows.numbers(order, batch, heads)
     ordered = POOL.array((numbers.size, rows.table.shape[1]), rows.table.dtype)
-    reorder(rows.table, numbers.ravel(), ordered, device)
+    reorder(rows.table, numbers, ordered, device)
     return Rows(ordered, (heads * len(order), len(order), 1))
 
 

@@ -58,6 +58,10 @@ class Rows(NamedTuple):
         sample, head = np.divmod(np.arange(batch * heads, dtype=np.int32), np.int32(heads))
         return sample * np.int32(self.strides[0]) + head // np.int32(group) * np.int32(self.strides[1])
 
+    def numbers(self, tokens: np.ndarray, batch: int, heads: int) -> np.ndarray:
+        """Rows of these tokens of every head, one head after the other, int32 ``[batch * heads * tokens]``."""
+        return (self.base(batch, heads)[:, None] + (tokens * self.strides[2]).astype(np.int32)).ravel()
+
 
 def rows_of(x: np.ndarray) -> Rows:
     """The rows of ``[B, H, tokens, D]``: the same memory where D is contiguous and every stride a multiple of it."""

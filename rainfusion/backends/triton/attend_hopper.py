@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def attend_hopper(given: Attention, out: Tensor, lse: Tensor | None) -> None:
     q, k, v, means, lists = given.q, given.k, given.v, given.means, given.lists
     heads, dim = q.shape[1], q.shape[3]
     tiles = given.tiles.numel()
-    programs = min(tiles, _multiprocessors(q.device))
+    programs = min(tiles, _properties(q.device).multi_processor_count)
     _attend[(programs,)](
         _tokens(q, given.q_len, ROWS // 2),
         _tokens(k, given.kv_len, KEYS),
@@ -117,19 +117,14 @@ def _bias(bias: Tensor) -> TensorDescriptor:
     return TensorDescriptor(bias, list(bias.shape), list(bias.stride()), [1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
 
 
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _outgrows_cache(k: Tensor, kv_len: int) -> bool:
     """Whether keys and values of one head are more than half of the second-level cache, the part near a program."""
-    return 2 * kv_len * k.shape[3] * k.element_size() > _cache_bytes(k.device) // 2
+    return 2 * kv_len * k.shape[3] * k.element_size() > int(_properties(k.device).L2_cache_size) // 2
 
 
 @lru_cache
-def _cache_bytes(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
 
 
 # -- what the parts of the kernel share ------------------------------------------------------------------
