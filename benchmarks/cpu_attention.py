@@ -122,7 +122,7 @@ def _matmuls(q: ov.Node, k: ov.Node, v: ov.Node, scale: ov.Node) -> ov.Node:
 
 def _openvino_dense(tensors: Tensors, attention: Callable[..., ov.Node]) -> Callable[[], None]:
     arrays = [_as_numpy(x) for x in tensors]
-    element = ELEMENTS[arrays[0].dtype.name]
+    element = ELEMENTS[arrays[0].dtype]
     inputs = [op.parameter(list(x.shape), element) for x in arrays]
     scale = op.constant(np.array(arrays[0].shape[-1] ** -0.5, np.float32))
     wide = [op.convert(x, ov.Type.f32) for x in inputs]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import rainfusion
 from rainfusion.backends.interop import numpy_dtype
@@ -22,7 +25,16 @@ ov = pytest.importorskip("openvino")
 
 from openvino import opset13 as op  # noqa: E402
 
-from rainfusion.backends.openvino import memory, order, runtime, schedule, select_blocks, tensors  # noqa: E402
+from rainfusion.backends.openvino import (  # noqa: E402
+    attend,
+    memory,
+    order,
+    row_model,
+    runtime,
+    schedule,
+    select_blocks,
+    tensors,
+)
 from rainfusion.backends.openvino.backend import OpenVinoBackend  # noqa: E402
 
 BACKEND = OpenVinoBackend()
@@ -288,45 +300,118 @@ class TestDevices:
         assert list(tmp_path.iterdir())
 
 
-class TestPieces:
+class TestBatches:
     Q, KV = BlockedAxis(700, 128, False, 700), BlockedAxis(1000, 128, False, 1000)
 
     @pytest.mark.parametrize("keys", [1, 2000, 10**9])
-    def test_every_row_is_in_one_piece_with_its_own_blocks(self, rng, keys):
+    def test_every_row_is_in_one_batch_with_its_own_blocks(self, rng, keys):
         mask = rng.random((2, 3, self.Q.blocks, self.KV.blocks)) < 0.5
         mask[0, 0] = True
         mask[1, 2, 3] = False
-        made = schedule.pieces(mask, self.Q, self.KV, keys=keys, logits=2**20, summary=True)
+        made = schedule.batches(mask, self.Q, self.KV, keys=keys, logits=2**20, summary=True)
         seen = np.zeros((6, self.Q.blocks, self.KV.blocks), dtype=bool)
         rows = np.zeros((6, self.Q.blocks), dtype=int)
-        for piece in made:
-            for head, query, kept, skipped in zip(piece.heads, piece.query, piece.kept, piece.skipped, strict=True):
+        for batch in made:
+            for head, query, kept, skipped in zip(batch.heads, batch.query, batch.kept, batch.skipped, strict=True):
                 rows[head, query] += 1
                 seen[np.ix_([head], query, kept)] = True
                 assert sorted([*kept, *skipped]) == list(range(self.KV.blocks))
         assert (rows == 1).all()
         np.testing.assert_array_equal(seen.reshape(mask.shape), mask)
 
-    def test_rows_that_keep_nothing_have_no_piece_unless_asked_for(self):
+    def test_rows_that_keep_nothing_are_in_no_batch_unless_asked_for(self):
         mask = np.zeros((1, 1, self.Q.blocks, self.KV.blocks), dtype=bool)
-        assert schedule.pieces(mask, self.Q, self.KV, keys=1, logits=1) == []
+        assert schedule.batches(mask, self.Q, self.KV, keys=1, logits=1) == []
 
     def test_the_longest_come_first(self, rng):
         mask = rng.random((1, 2, self.Q.blocks, self.KV.blocks)) < 0.5
-        made = schedule.pieces(mask, self.Q, self.KV, keys=1, logits=1)
-        rows = BlockRowsOf(self.Q, self.KV)
-        work = [rows(piece) for piece in made]
+        made = schedule.batches(mask, self.Q, self.KV, keys=1, logits=1)
+        work = [int(self.Q.counts[b.query[0]].sum() * self.KV.counts[b.kept[0]].sum()) for b in made]
         assert work == sorted(work, reverse=True)
 
+    def test_rows_that_keep_everything_are_tall_and_share_their_keys(self):
+        mask = np.zeros((1, 3, self.Q.blocks, self.KV.blocks), dtype=bool)
+        mask[:, :, 1:4] = True
+        made = schedule.batches(mask, self.Q, self.KV, keys=1, logits=2 * self.Q.block * self.KV.length)
+        assert [batch.query.tolist() for batch in made] == [[[1, 2]] * 3, [[3]] * 3]
+        assert all(batch.at_once == 1 and batch.kept.shape == (3, self.KV.blocks) for batch in made)
 
-class BlockRowsOf:
-    """Query tokens times key tokens of a piece."""
 
-    def __init__(self, q: BlockedAxis, kv: BlockedAxis) -> None:
-        self.q, self.kv = q, kv
+class TestShapesThatComeBack:
+    """They have a compiled graph of their own, which says the same."""
 
-    def __call__(self, piece: schedule.Piece) -> int:
-        return int(self.q.counts[piece.query[0]].sum() * self.kv.counts[piece.kept[0]].sum())
+    @pytest.fixture(autouse=True)
+    def _every_batch_has_many_requests(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(attend, "_MANY", 1)
+        monkeypatch.setattr(attend, "_GATHERED_BYTES", 1)
+        row_model.row_requests.cache_clear()
+        yield
+        row_model.row_requests.cache_clear()
+
+    @pytest.mark.parametrize("omitted", ["drop", "summary"])
+    @pytest.mark.parametrize("returns", [("%out",), ("%out", "%lse")])
+    def test_the_first_call_is_repeated_to_the_bit(self, rng, omitted, returns):
+        problem = rainfusion.AttentionProblem(1, 4, 1100, 1100, 32, kv_heads=2)
+        run = lowered(problem, rainfusion.TokenLayout((5, 11, 20)), omitted=omitted, returns=returns)
+        x = tuple(rng.standard_normal(shape).astype(np.float32) for shape in (problem.q_shape, *[problem.kv_shape] * 2))
+        first, *again = [made if isinstance(made, tuple) else (made,) for made in (run(*x) for _ in range(3))]
+        assert row_model.row_requests(_model_of(run), CPU)._fixed
+        for repeated in again:
+            for a, b in zip(first, repeated, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+    def test_threads_share_them(self, rng):
+        run = lowered(rainfusion.AttentionProblem(1, 2, 640, 640, 64), rainfusion.TokenLayout((5, 8, 16)))
+        x = qkv(rng, 1, 2, 640, 64)
+        first = run(*x)
+        with ThreadPoolExecutor(4) as threads:
+            assert all((out == first).all() for out in threads.map(lambda _: run(*x), range(12)))
+
+    def test_one_call_compiles_nothing_and_there_are_not_too_many(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(row_model, "_FIXED_GRAPHS", 2 * runtime.parallel_streams(CPU))
+        requests = row_model.RowRequests(row_model.RowModel(16, ov.Type.f32), CPU)
+        shapes = [((1, 1, 1), *[(256, 16)] * 3, (n, 16), (n, 32), (n, 32)) for n in (1, 2, 3)]
+        assert [requests.fixed(x) for x in shapes] == [None] * 3
+        fixed = [requests.fixed(x) for x in shapes]
+        assert fixed[:2] == [requests.fixed(x) for x in shapes[:2]]
+        assert [x is None for x in fixed] == [False, False, True]
+
+
+class TestTokenOrder:
+    """Keys and values are gathered in place where the order has long runs, else copied; both say the same."""
+
+    @pytest.mark.parametrize("grid", [(5, 16, 16), (5, 15, 20), (3, 7, 11)])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_in_place_and_copied_agree(self, rng, monkeypatch: pytest.MonkeyPatch, grid, dtype):
+        tokens = int(np.prod(grid))
+        run = lowered(rainfusion.AttentionProblem(1, 2, tokens, tokens, 64, dtype), rainfusion.TokenLayout(grid))
+        x = qkv(rng, 1, 2, tokens, 64, dtype=dtype)
+        results = []
+        for reads in (0, 10**9):
+            monkeypatch.setattr(attend, "_READS", reads)
+            monkeypatch.setattr(attend, "_RUN_BYTES", 1)
+            results.append(run(*x))
+        np.testing.assert_array_equal(*results)
+
+    @given(data=st.data())
+    def test_the_longest_run_lies_in_one_block_and_one_row(self, data):
+        unit, count = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 12))
+        units = np.array(data.draw(st.permutations(range(count))))
+        order = (units[:, None] * unit + np.arange(unit)).ravel()
+        axis = BlockedAxis(len(order), data.draw(st.integers(1, 40)), True, len(order))
+        run = tensors.longest_run(axis, order)
+        assert axis.block % run == 0
+        assert axis.length % run == 0
+        rows = order.reshape(-1, run)
+        assert (rows == rows[:, :1] + np.arange(run)).all()
+        assert (rows[:, 0] % run == 0).all()
+        assert run % math.gcd(unit, axis.block) == 0
+
+
+def _model_of(run) -> row_model.RowModel:
+    """The graph that an executable attends with."""
+    problem, returns = run.plan.problem, run.plan.returns
+    return row_model.RowModel(problem.head_dim, ov.Type.f32, "%lse" in returns, run.plan.omitted == "summary")
 
 
 def test_rows_that_keep_nothing_give_zero_and_minus_infinity(rng):

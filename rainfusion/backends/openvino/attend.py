@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -10,9 +11,9 @@ from rainfusion.backends.interop import numpy_dtype
 from rainfusion.backends.openvino.memory import POOL
 from rainfusion.backends.openvino.order import in_block_order, reorder
 from rainfusion.backends.openvino.row_model import RowModel, row_requests
-from rainfusion.backends.openvino.runtime import Arrays, computes_in
-from rainfusion.backends.openvino.schedule import Piece, pieces
-from rainfusion.backends.openvino.tensors import ELEMENTS, BlockRows, Rows, rows_of
+from rainfusion.backends.openvino.runtime import Arrays, Requests, computes_in
+from rainfusion.backends.openvino.schedule import Batch, batches, cuts
+from rainfusion.backends.openvino.tensors import ELEMENTS, BlockRows, Rows, Side, longest_run, rows_of
 from rainfusion.core.backend import Device, Segment
 from rainfusion.core.ir import Plan
 
@@ -23,6 +24,10 @@ ATTEND_WITH_SUMMARY = ("attend", "attend", "merge")
 # where this was tuned); the logits of rows that share their keys may not make up the memory of a call.
 _GATHERED_BYTES = 2**22
 _LOGITS = 2**21
+# Keys and values that are gathered so seldom need no copy in block order, where the order has runs of so many bytes.
+_READS, _RUN_BYTES = 8, 2**11
+_NUMBERED = 32  # requests for which row numbers are made at a time
+_MANY = 8  # requests of the same shapes that are worth compiling for
 
 
 def build_attend(segment: Segment, plan: Plan, device: Device) -> Callable[..., tuple[np.ndarray, ...]]:
@@ -46,7 +51,8 @@ class Attend:
         # The log-sum-exp is float32 whatever the tensors are, so what it is made of must be too.
         self.dtype = "float32" if self.lse else computes_in(plan.problem.dtype, device)
         self.orders = [plan.layout.order if arg else None for arg in segment.ops[0].args[3:5]]
-        model = RowModel(plan.problem.head_dim, ELEMENTS[self.dtype], self.lse, self.summary)
+        self.run = longest_run(plan.kv_axis, self.orders[1])
+        model = RowModel(plan.problem.head_dim, ELEMENTS[numpy_dtype(self.dtype)], self.lse, self.summary)
         self.requests = row_requests(model, device)
 
     def __call__(
@@ -68,79 +74,111 @@ class Attend:
         Returns:
             ``(out,)`` or ``(out, lse)``: ``[B, H, q_len, D]`` in the dtype of the products, float32 ``[B, H, q_len]``.
         """
-        tables = [self._table(q), self._in_runs(self._table(k)), self._in_runs(self._table(v))]
+        if mask is None:
+            p = self.plan.problem
+            mask = np.ones((p.batch, p.heads, self.plan.q_axis.blocks, self.plan.kv_axis.blocks), dtype=bool)
+        reads = np.count_nonzero(mask) / (mask.size / mask.shape[2] / self.plan.problem.group)
+        sides = [Side(self._table(q), self.orders[0]), self._gathered(k, reads), self._gathered(v, reads)]
         summaries = [rows_of(x) for x in means]
         scale = np.full((1, 1, 1), self.plan.problem.scale, np.float32)
-        work = self._pieces(mask)
+        work = self._batches(mask)
         staged = _Staged(self.plan, self.orders[0], work, numpy_dtype(self.dtype))
-        common = [scale, *(rows.table for rows in (*tables, *summaries))]
-        inputs = _Inputs(self.plan, self.orders[0], tables, summaries)
-        self.requests.run(common, ((inputs(piece), staged.parts(at, self.lse)) for at, piece in enumerate(work)))
+        common = [scale, *(side.rows.table for side in sides), *(rows.table for rows in summaries)]
+        inputs = _Inputs(self.plan, sides, summaries)
+        with ExitStack() as serving:
+            submit = serving.enter_context(self.requests.any.serving(common))
+            for batch, written in zip(work, staged.parts(self.lse), strict=True):
+                fixed = self._fixed(batch, common, inputs)
+                usual = serving.enter_context(fixed.serving(common)) if fixed else submit
+                for read, write in _requests(batch, inputs, written):
+                    (usual if len(read[0]) == batch.at_once else submit)(read, write)
         return staged.restored(self.device, self.lse)
+
+    def _fixed(self, batch: Batch, common: Arrays, inputs: _Inputs) -> Requests | None:
+        """Requests for the shapes of a batch, where it has many of them."""
+        if len(batch.heads) < _MANY * batch.at_once:
+            return None
+        one = inputs(batch.part(slice(batch.at_once)))
+        return self.requests.fixed(tuple(x.shape for x in (*common, *one)))
 
     def _table(self, x: np.ndarray) -> Rows:
         """A tensor's tokens in the dtype of the products."""
         return rows_of(x.astype(numpy_dtype(self.dtype), copy=False))
 
-    def _in_runs(self, rows: Rows) -> Rows:
-        """Keys or values in block order, in rows as long as they go."""
-        p, order = self.plan.problem, self.orders[1]
-        ordered = rows if order is None else in_block_order(rows, order, p.batch, p.kv_heads, self.device)
-        return ordered.in_runs(self.plan.kv_axis)
+    def _gathered(self, x: np.ndarray, reads: float) -> Side:
+        """Keys or values as they are gathered: in place, or from a copy in block order where that pays.
 
-    def _pieces(self, mask: np.ndarray | None) -> list[Piece]:
-        p, q, kv = self.plan.problem, self.plan.q_axis, self.plan.kv_axis
-        if mask is None:
-            mask = np.ones((p.batch, p.heads, q.blocks, kv.blocks), dtype=bool)
-        keys = _GATHERED_BYTES // (2 * p.head_dim * numpy_dtype(self.dtype).itemsize)
-        return pieces(mask, q, kv, keys=keys, logits=_LOGITS, summary=self.summary)
+        Args:
+            x: ``[B, H or fewer, kv_len, D]``.
+            reads: how often each block is gathered.
+        """
+        p, order, rows = self.plan.problem, self.orders[1], self._table(x)
+        in_place = rows.in_runs(self.run)
+        if order is None or (in_place.table[:1].nbytes >= _RUN_BYTES and reads <= _READS):
+            return Side(in_place, order)
+        ordered = in_block_order(rows, order, p.batch, p.kv_heads, self.device)
+        return Side(ordered.in_runs(longest_run(self.plan.kv_axis, None)), None)
+
+    def _batches(self, mask: np.ndarray) -> list[Batch]:
+        keys = _GATHERED_BYTES // (2 * self.plan.problem.head_dim * numpy_dtype(self.dtype).itemsize)
+        return batches(mask, self.plan.q_axis, self.plan.kv_axis, keys=keys, logits=_LOGITS, summary=self.summary)
+
+
+def _requests(batch: Batch, inputs: _Inputs, written: Arrays) -> Iterator[tuple[Arrays, Arrays]]:
+    """The inputs and outputs of every request of a batch."""
+    for rows in cuts(len(batch.heads), _NUMBERED * batch.at_once):
+        read, write = inputs(batch.part(rows)), [x[rows] for x in written]
+        for one in cuts(len(read[0]), batch.at_once):
+            yield [x[one] for x in read], [x[one] for x in write]
 
 
 class _Inputs:
-    """Makes the inputs of a request from a piece: row numbers, and for summaries the logit bias."""
+    """Makes the inputs of a batch: row numbers, and for summaries the logit bias."""
 
-    def __init__(self, plan: Plan, q_order: np.ndarray | None, tables: list[Rows], means: list[Rows]) -> None:
+    def __init__(self, plan: Plan, sides: list[Side], means: list[Rows]) -> None:
         p, kv = plan.problem, plan.kv_axis
-        self._query = BlockRows(tables[0], plan.q_axis, q_order, tables[0].base(p.batch, p.heads))
-        self._keys, self._values = (BlockRows(x, kv, None, x.base(p.batch, p.heads, p.group)) for x in tables[1:])
-        self._same_rows = tables[1][1:] == tables[2][1:]
-        self._run = tables[1].run
+        q, k, v = sides
+        self._query = BlockRows(q, plan.q_axis, q.rows.base(p.batch, p.heads))
+        self._keys, self._values = (BlockRows(x, kv, x.rows.base(p.batch, p.heads, p.group)) for x in (k, v))
+        self._same_rows = k.rows[1:] == v.rows[1:]
+        self._run = k.rows.run
         self._mean_base = means[0].base(p.batch, p.heads, p.group) if means else None
         self._log_counts = np.log(kv.counts).astype(np.float32)
 
-    def __call__(self, piece: Piece) -> Arrays:
-        keys = self._keys(piece.heads, piece.kept)
-        values = keys if self._same_rows else self._values(piece.heads, piece.kept)
-        rows = [self._query(piece.heads, piece.query), keys, values]
-        return rows if self._mean_base is None else [*rows, *self._summary(piece, keys)]
+    def __call__(self, batch: Batch) -> Arrays:
+        keys = self._keys(batch.heads, batch.kept)
+        values = keys if self._same_rows else self._values(batch.heads, batch.kept)
+        rows = [self._query(batch.heads, batch.query), keys, values]
+        return rows if self._mean_base is None else [*rows, *self._summary(batch, keys)]
 
-    def _summary(self, piece: Piece, keys: np.ndarray) -> Arrays:
+    def _summary(self, batch: Batch, keys: np.ndarray) -> Arrays:
         assert self._mean_base is not None
         tokens = (len(keys), keys.shape[1] * self._run)
-        bias = np.concatenate([np.zeros(tokens, np.float32), self._log_counts[piece.skipped]], axis=1)
-        return [(self._mean_base[piece.heads, None] + piece.skipped).astype(np.int32), bias[:, None, :]]
+        bias = np.concatenate([np.zeros(tokens, np.float32), self._log_counts[batch.skipped]], axis=1)
+        return [(self._mean_base[batch.heads, None] + batch.skipped).astype(np.int32), bias[:, None, :]]
 
 
 class _Staged:
-    """Where requests write, piece after piece, and the way from there back to the caller's token order."""
+    """Where requests write, batch after batch, and the way from there back to the caller's token order."""
 
-    def __init__(self, plan: Plan, order: np.ndarray | None, work: list[Piece], dtype: np.dtype) -> None:
+    def __init__(self, plan: Plan, order: np.ndarray | None, work: list[Batch], dtype: np.dtype) -> None:
         p = plan.problem
         self._plan = plan
         tokens = Rows(np.empty((0, 0)), (p.heads * p.q_len, p.q_len, 1))
-        token_rows = BlockRows(tokens, plan.q_axis, order, tokens.base(p.batch, p.heads))
-        self._taken = [token_rows(piece.heads, piece.query) for piece in work]
+        token_rows = BlockRows(Side(tokens, order), plan.q_axis, tokens.base(p.batch, p.heads))
+        self._taken = [token_rows(batch.heads, batch.query) for batch in work]
         self._starts = np.cumsum([0, *(rows.size for rows in self._taken)])
         # One row more than is written, for queries that keep nothing: output 0, log-sum-exp minus infinity.
         self._out = POOL.array((int(self._starts[-1]) + 1, p.head_dim), dtype)
         self._lse = np.empty(self._starts[-1] + 1, np.float32)
         self._out[-1], self._lse[-1] = 0, -np.inf
 
-    def parts(self, at: int, lse: bool) -> Arrays:
-        """The arrays that receive the outputs of piece `at`."""
-        shape, span = self._taken[at].shape, slice(self._starts[at], self._starts[at + 1])
-        out = self._out[span].reshape(*shape, -1)
-        return [out, self._lse[span].reshape(*shape, 1)] if lse else [out]
+    def parts(self, lse: bool) -> Iterator[Arrays]:
+        """The arrays that receive the outputs of each batch."""
+        for rows, end in zip(self._taken, self._starts[1:], strict=True):
+            span = slice(end - rows.size, end)
+            out = self._out[span].reshape(*rows.shape, -1)
+            yield [out, self._lse[span].reshape(*rows.shape, 1)] if lse else [out]
 
     def restored(self, device: Device, lse: bool) -> tuple[np.ndarray, ...]:
         """``[B, H, q_len, D]`` laid out as the caller's tensors are, and the log-sum-exp where it is wanted."""

@@ -1,117 +1,84 @@
-"""The mask chain as one graph: block means, scores, selection; float32 whatever the tensors are.
-
-A block mean is the sum of a bag of table rows (an embedding bag): the token order, the tensor layout and
-a ragged last block are all in the bags' row numbers, and no reordered copy of q or k is ever made.
-"""
+"""The mask chain: block means a few blocks a request, then scores and selection as one small graph; all in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
+from rainfusion.backends.openvino.block_means import BlockMeans
 from rainfusion.backends.openvino.runtime import Requests, compiled
 from rainfusion.backends.openvino.select_blocks import select
-from rainfusion.backends.openvino.tensors import ELEMENTS, Rows, rows_of
 from rainfusion.core.backend import Device, Segment
 from rainfusion.core.ir import Op, Plan
-from rainfusion.core.layout import BlockedAxis, TokenLayout
 
+_MEANS = "block_mean"
 MASK_CHAINS = (
-    ("block_mean", "block_mean", "block_score", "select"),
-    ("block_mean", "block_mean", "block_mean", "block_score", "select"),
-    ("block_mean", "block_mean"),
+    (_MEANS, _MEANS, "block_score", "select"),
+    (_MEANS, _MEANS, _MEANS, "block_score", "select"),
+    (_MEANS, _MEANS),
 )
 _F32 = ov.Type.f32
 
 
 def build_mask_chain(segment: Segment, plan: Plan, device: Device) -> Callable[..., tuple[np.ndarray, ...]]:
     """The kernel: from q, k (and v) to the mask and block means that ``segment.outputs`` names."""
-    graph = _Graph(plan)
-    for operation in segment.ops:
-        graph.add(operation)
-    model = graph.model(segment.outputs)
-    shapes = [(tuple(output.shape), output.element_type.to_dtype()) for output in model.outputs]
-    requests = Requests(compiled(model, device, _F32, 1), 1)
-    scale = np.array([plan.problem.scale], np.float32)
-    bags = lru_cache(maxsize=8)(lambda source, strides: source.bags(strides))
+    means = [_Mean(operation, plan, device) for operation in segment.ops if operation.name == _MEANS]
+    selection = [operation for operation in segment.ops if operation.name != _MEANS]
+    selected = _Selected(selection, plan, device) if selection else None
 
     def run(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         values = dict(zip(segment.inputs, arrays, strict=True))
-        tables = [rows_of(values[source.name]) for source in graph.sources]
-        numbers = [bags(source, rows.strides) for source, rows in zip(graph.sources, tables, strict=True)]
-        results = [np.empty(shape, dtype) for shape, dtype in shapes]
-        requests.run((), [([scale, *(rows.table for rows in tables), *numbers], results)])
-        return tuple(results)
+        for mean in means:
+            values[mean.result] = mean(values[mean.source])
+        if selected:
+            values[selected.result] = selected(values)
+        return tuple(values[name] for name in segment.outputs)
 
     return run
 
 
-class _Source(NamedTuple):
-    """A tensor whose blocks are averaged, in the order of `layout` where it has one."""
+class _Mean(BlockMeans):
+    """A `block_mean` of a plan, and the names of what it reads and makes."""
 
-    name: str
-    axis: BlockedAxis
-    layout: TokenLayout | None
-    batch: int
-    heads: int
-
-    def bags(self, strides: tuple[int, int, int]) -> np.ndarray:
-        """Row numbers of all its tokens, head after head in block order, int32 ``[B * H * tokens]``."""
-        order = self.layout.order if self.layout else None
-        tokens = np.arange(self.axis.length) if order is None else order
-        return Rows(np.empty((0, 0)), strides).numbers(tokens, self.batch, self.heads)
+    def __init__(self, operation: Op, plan: Plan, device: Device) -> None:
+        source, order = operation.args
+        self.source, self.result = str(source), operation.outs[0]
+        axis = plan.q_axis if source == "%q" else plan.kv_axis
+        super().__init__(axis, plan.layout.order if order else None, device)
 
 
-class _Graph:
-    """Operations of a plan as OpenVINO nodes, added one by one; `values` are the nodes by their names in the plan."""
+class _Selected:
+    """`block_score` and `select` of a plan as a graph."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.sources: list[_Source] = []
-        self.values: dict[str, ov.Node] = {}
-        self._tables: list[ov.Node] = []
-        self._bags: list[ov.Node] = []
-        # A parameter, because a constant would be folded into the means and round the scores another way.
-        self._scale = op.parameter([1], _F32, "scale")
+    def __init__(self, operations: Sequence[Op], plan: Plan, device: Device) -> None:
+        score, choice = operations
+        self._means = [str(name) for name in score.args]
+        self.result = choice.outs[0]
+        self._scale = np.array([plan.problem.scale], np.float32)
+        self._requests = Requests(compiled(_selection_graph(plan), device, _F32, 1), 1)
 
-    def add(self, operation: Op) -> None:
-        """Add one operation; its operands are there already."""
-        meaning = {"block_mean": self._block_mean, "block_score": self._block_score, "select": self._select}
-        self.values[operation.outs[0]] = meaning[operation.name](operation)
+    def __call__(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        queries, keys = (values[name] for name in self._means)
+        mask = np.empty((*queries.shape[:3], keys.shape[2]), bool)
+        self._requests.run((), [([self._scale, queries, keys], [mask])])
+        return mask
 
-    def model(self, outputs: tuple[str, ...]) -> ov.Model:
-        """Inputs: scale, a table ``[rows, D]`` each source, its row numbers each source. Outputs: as named."""
-        inputs = [self._scale, *self._tables, *self._bags]
-        return ov.Model([self.values[name] for name in outputs], inputs, "mask chain")
 
-    def _block_mean(self, operation: Op) -> ov.Node:
-        name, order = operation.args
-        p = self.plan.problem
-        axis, heads = (self.plan.q_axis, p.heads) if name == "%q" else (self.plan.kv_axis, p.kv_heads)
-        source = _Source(str(name), axis, self.plan.layout if order else None, p.batch, heads)
-        table = op.parameter([-1, p.head_dim], ELEMENTS[p.dtype], f"table_of_{name}")
-        bags = op.parameter([p.batch * heads * axis.length], ov.Type.i32, f"bags_of_{name}")
-        self.sources.append(source)
-        self._tables.append(table)
-        self._bags.append(bags)
-        starts = np.arange(p.batch * heads)[:, None] * axis.length + np.arange(axis.blocks) * axis.block
-        sums = op.embedding_bag_offsets_sum(op.convert(table, _F32), bags, op.constant(starts.ravel().astype(np.int32)))
-        folded = op.reshape(sums, op.constant(np.array([p.batch, heads, axis.blocks, p.head_dim])), False)
-        return op.divide(folded, op.constant(axis.counts.astype(np.float32)[:, None]))
+def _selection_graph(plan: Plan) -> ov.Model:
+    """Inputs: scale, block means of the queries and keys ``[B, H or fewer, blocks, D]``. Output: the mask, bool."""
+    p, q, kv = plan.problem, plan.q_axis, plan.kv_axis
+    # A parameter, because a constant would be folded into the means and round the scores another way.
+    scale = op.parameter([1], _F32, "scale")
+    queries = op.parameter([p.batch, p.heads, q.blocks, p.head_dim], _F32, "query_means")
+    keys = op.parameter([p.batch, p.kv_heads, kv.blocks, p.head_dim], _F32, "key_means")
+    grouped = op.reshape(queries, _shape(p.batch, p.kv_heads, p.group * q.blocks, p.head_dim), False)
+    scores = op.multiply(op.matmul(grouped, keys, False, True), scale)
+    score = op.reshape(scores, _shape(p.batch, p.heads, q.blocks, kv.blocks), False)
+    return ov.Model([select(score, plan)], [scale, queries, keys], "block selection")
 
-    def _block_score(self, operation: Op) -> ov.Node:
-        queries, keys = (self.values[str(name)] for name in operation.args)
-        p = self.plan.problem
-        grouped = [p.batch, p.kv_heads, p.group * self.plan.q_axis.blocks, p.head_dim]
-        rows = op.reshape(queries, op.constant(np.array(grouped)), False)
-        scores = op.multiply(op.matmul(rows, keys, False, True), self._scale)
-        shape = [p.batch, p.heads, self.plan.q_axis.blocks, self.plan.kv_axis.blocks]
-        return op.reshape(scores, op.constant(np.array(shape)), False)
 
-    def _select(self, operation: Op) -> ov.Node:
-        return select(self.values[str(operation.args[0])], self.plan)
+def _shape(*sizes: int) -> ov.Node:
+    return op.constant(np.array(sizes))

@@ -20,7 +20,7 @@ from rainfusion.core.backend import Device
 
 def reorder(table: np.ndarray, numbers: np.ndarray, out: np.ndarray, device: Device) -> None:
     """``out[i] = table[numbers[i]]`` for tables ``[rows, D]``."""
-    _requests(table.shape[1], ELEMENTS[table.dtype.name], device).run((), [((table, numbers), (out,))])
+    _requests(table.shape[1], ELEMENTS[table.dtype], device).run((), [((table, numbers), (out,))])
 
 
 def in_block_order(rows: Rows, order: np.ndarray, batch: int, heads: int, device: Device) -> Rows:

@@ -13,11 +13,11 @@ from rainfusion.core.layout import BlockedAxis
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ELEMENTS = {
-    "float32": ov.Type.f32,
-    "float16": ov.Type.f16,
-    "bfloat16": ov.Type.bf16,
-    "int32": ov.Type.i32,
-    "bool": ov.Type.boolean,
+    np.dtype(np.float32): ov.Type.f32,
+    np.dtype(np.float16): ov.Type.f16,
+    BFLOAT16: ov.Type.bf16,
+    np.dtype(np.int32): ov.Type.i32,
+    np.dtype(bool): ov.Type.boolean,
 }
 
 
@@ -37,12 +37,12 @@ class Rows(NamedTuple):
     strides: tuple[int, int, int]
     run: int = 1
 
-    def in_runs(self, axis: BlockedAxis) -> Rows:
-        """The same memory as rows of many tokens, which gather faster: of a block, or of a share that fits the length.
+    def in_runs(self, run: int) -> Rows:
+        """The same memory as rows of many tokens, which gather faster: of `run`, or of a share of it that fits.
 
-        Tokens must stand in block order; where they do not lie one after the other, these are the rows as they are.
+        Where the tokens do not lie one after the other, these are the rows as they are.
         """
-        run = math.gcd(axis.block, axis.length, self.table.shape[0], *self.strides[:2])
+        run = math.gcd(run, self.table.shape[0], *self.strides[:2])
         if self.strides[2] != 1 or run == 1:
             return self
         sample, head, _ = self.strides
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
     @property
     def element(self) -> ov.Type:
         """The element type."""
-        return ELEMENTS[self.table.dtype.name]
+        return ELEMENTS[self.table.dtype]
 
     def base(self, batch: int, heads: int, group: int = 1) -> np.ndarray:
         """Row at which the tokens of each query head begin, int32 ``[batch * heads]``; `group` of them share one."""
@@ -79,21 +79,39 @@ def tensor_on(array: np.ndarray) -> ov.Tensor:
     """An OpenVINO tensor on the memory of a C-contiguous array. It does not keep the array alive: the caller does."""
     # Naming the type lets 16-bit words stand for bfloat16, and takes arrays that may not be written.
     words = array.view(np.uint16) if array.dtype == BFLOAT16 else array
-    return ov.Tensor(words, ov.Shape(list(array.shape)), ELEMENTS[array.dtype.name])
+    return ov.Tensor(words, ov.Shape(array.shape), ELEMENTS[array.dtype])
+
+
+class Side(NamedTuple):
+    """A tensor, and the token at every position of the block order; None where the tokens stand in it.
+
+    Rows that hold several tokens hold them in this order.
+    """
+
+    rows: Rows
+    order: np.ndarray | None
+
+
+def longest_run(axis: BlockedAxis, order: np.ndarray | None) -> int:
+    """The most tokens that rows can hold so that each lies in one block, in the order of the blocks."""
+    if order is None:
+        return math.gcd(axis.block, axis.length)
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(order) != 1) + 1])
+    return int(np.gcd.reduce([axis.block, axis.length, *starts, *order[starts]]))
 
 
 class BlockRows:
     """Row numbers of the tokens (or runs) of blocks, for one side of the attention matrix.
 
     Args:
-        rows: the tensor whose rows are named.
+        side: the tensor whose rows are named.
         axis: how its tokens are cut into blocks.
-        order: the token at every position of the block order; None where they stand in it.
         base: as `Rows.base`.
     """
 
-    def __init__(self, rows: Rows, axis: BlockedAxis, order: np.ndarray | None, base: np.ndarray) -> None:
-        places = np.arange(axis.length // rows.run) if order is None else order
+    def __init__(self, side: Side, axis: BlockedAxis, base: np.ndarray) -> None:
+        rows, order = side
+        places = (np.arange(axis.length) if order is None else order)[:: rows.run] // rows.run
         padded = np.pad(places, (0, axis.blocks * axis.block // rows.run - len(places)), mode="edge")
         blocks = (padded * rows.strides[2]).astype(np.int32).reshape(axis.blocks, -1)
         self._numbers = base[:, None, None] + blocks
