@@ -27,9 +27,8 @@ from openvino import opset13 as op  # noqa: E402
 
 from rainfusion.backends.openvino import (  # noqa: E402
     attend,
+    copies,
     memory,
-    order,
-    row_model,
     runtime,
     schedule,
     select_blocks,
@@ -337,46 +336,6 @@ class TestBatches:
         assert all(batch.at_once == 1 and batch.kept.shape == (3, self.KV.blocks) for batch in made)
 
 
-class TestShapesThatComeBack:
-    """They have a compiled graph of their own, which says the same."""
-
-    @pytest.fixture(autouse=True)
-    def _every_batch_has_many_requests(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(attend, "_MANY", 1)
-        monkeypatch.setattr(attend, "_GATHERED_BYTES", 1)
-        row_model.row_requests.cache_clear()
-        yield
-        row_model.row_requests.cache_clear()
-
-    @pytest.mark.parametrize("omitted", ["drop", "summary"])
-    @pytest.mark.parametrize("returns", [("%out",), ("%out", "%lse")])
-    def test_the_first_call_is_repeated_to_the_bit(self, rng, omitted, returns):
-        problem = rainfusion.AttentionProblem(1, 4, 1100, 1100, 32, kv_heads=2)
-        run = lowered(problem, rainfusion.TokenLayout((5, 11, 20)), omitted=omitted, returns=returns)
-        x = tuple(rng.standard_normal(shape).astype(np.float32) for shape in (problem.q_shape, *[problem.kv_shape] * 2))
-        first, *again = [made if isinstance(made, tuple) else (made,) for made in (run(*x) for _ in range(3))]
-        assert row_model.row_requests(_model_of(run), CPU)._fixed
-        for repeated in again:
-            for a, b in zip(first, repeated, strict=True):
-                np.testing.assert_array_equal(a, b)
-
-    def test_threads_share_them(self, rng):
-        run = lowered(rainfusion.AttentionProblem(1, 2, 640, 640, 64), rainfusion.TokenLayout((5, 8, 16)))
-        x = qkv(rng, 1, 2, 640, 64)
-        first = run(*x)
-        with ThreadPoolExecutor(4) as threads:
-            assert all((out == first).all() for out in threads.map(lambda _: run(*x), range(12)))
-
-    def test_one_call_compiles_nothing_and_there_are_not_too_many(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(row_model, "_FIXED_GRAPHS", 2 * runtime.parallel_streams(CPU))
-        requests = row_model.RowRequests(row_model.RowModel(16, ov.Type.f32), CPU)
-        shapes = [((1, 1, 1), *[(256, 16)] * 3, (n, 16), (n, 32), (n, 32)) for n in (1, 2, 3)]
-        assert [requests.fixed(x) for x in shapes] == [None] * 3
-        fixed = [requests.fixed(x) for x in shapes]
-        assert fixed[:2] == [requests.fixed(x) for x in shapes[:2]]
-        assert [x is None for x in fixed] == [False, False, True]
-
-
 class TestTokenOrder:
     """Keys and values are gathered in place where the order has long runs, else copied; both say the same."""
 
@@ -393,6 +352,13 @@ class TestTokenOrder:
             results.append(run(*x))
         np.testing.assert_array_equal(*results)
 
+    def test_keys_and_values_may_be_laid_out_differently(self, rng):
+        q, k, v = qkv(rng, 1, 2, 1500, 64)
+        apart = np.ascontiguousarray(v.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+        for layout in (None, rainfusion.TokenLayout((5, 15, 20))):
+            run = lowered(rainfusion.AttentionProblem(1, 2, 1500, 1500, 64), layout)
+            np.testing.assert_array_equal(run(q, k, apart), run(q, k, v))
+
     @given(data=st.data())
     def test_the_longest_run_lies_in_one_block_and_one_row(self, data):
         unit, count = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 12))
@@ -406,12 +372,6 @@ class TestTokenOrder:
         assert (rows == rows[:, :1] + np.arange(run)).all()
         assert (rows[:, 0] % run == 0).all()
         assert run % math.gcd(unit, axis.block) == 0
-
-
-def _model_of(run) -> row_model.RowModel:
-    """The graph that an executable attends with."""
-    problem, returns = run.plan.problem, run.plan.returns
-    return row_model.RowModel(problem.head_dim, ov.Type.f32, "%lse" in returns, run.plan.omitted == "summary")
 
 
 def test_rows_that_keep_nothing_give_zero_and_minus_infinity(rng):
@@ -443,9 +403,21 @@ def test_selection_is_that_of_the_semantics_on_ties_nan_and_infinity(rng, policy
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_reorder_takes_rows(rng, dtype):
+@pytest.mark.parametrize("count", [0, 1, 70])
+def test_reorder_takes_rows(rng, monkeypatch, dtype, count):
+    monkeypatch.setattr(copies, "_SHARE_BYTES", 64)
     table = rng.standard_normal((50, 16)).astype(numpy_dtype(dtype))
-    numbers = rng.integers(0, 50, 70).astype(np.int32)
-    out = np.empty((70, 16), table.dtype)
-    order.reorder(table, numbers, out, CPU)
+    numbers = rng.integers(0, 50, count).astype(np.int32)
+    out = np.empty((count, 16), table.dtype)
+    copies.reorder(table, numbers, out, CPU)
     np.testing.assert_array_equal(out, table[numbers])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_conversion_keeps_the_layout(rng, monkeypatch, dtype):
+    monkeypatch.setattr(copies, "_SHARE_BYTES", 64)
+    x = qkv(rng, 2, 30, 3, 8, dtype=dtype)[0].transpose(0, 2, 1, 3)
+    made = copies.converted(x, np.dtype(np.float32), CPU)
+    np.testing.assert_array_equal(made, x.astype(np.float32))
+    assert [s // made.itemsize for s in made.strides] == [s // x.itemsize for s in x.strides]
+    assert copies.converted(made, made.dtype, CPU) is made

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 
 import numpy as np
 
 from rainfusion.backends.interop import numpy_dtype
+from rainfusion.backends.openvino.copies import converted, in_block_order, reorder
 from rainfusion.backends.openvino.memory import POOL
-from rainfusion.backends.openvino.order import in_block_order, reorder
 from rainfusion.backends.openvino.row_model import RowModel, row_requests
-from rainfusion.backends.openvino.runtime import Arrays, Requests, computes_in
+from rainfusion.backends.openvino.runtime import Arrays, computes_in
 from rainfusion.backends.openvino.schedule import Batch, batches, cuts
 from rainfusion.backends.openvino.tensors import ELEMENTS, BlockRows, Rows, Side, longest_run, rows_of
 from rainfusion.core.backend import Device, Segment
@@ -24,10 +23,9 @@ ATTEND_WITH_SUMMARY = ("attend", "attend", "merge")
 # where this was tuned); the logits of rows that share their keys may not make up the memory of a call.
 _GATHERED_BYTES = 2**22
 _LOGITS = 2**21
+_NUMBERED = 32  # requests whose row numbers are made at a time
 # Keys and values that are gathered so seldom need no copy in block order, where the order has runs of so many bytes.
 _READS, _RUN_BYTES = 8, 2**11
-_NUMBERED = 32  # requests for which row numbers are made at a time
-_MANY = 8  # requests of the same shapes that are worth compiling for
 
 
 def build_attend(segment: Segment, plan: Plan, device: Device) -> Callable[..., tuple[np.ndarray, ...]]:
@@ -78,58 +76,52 @@ class Attend:
             p = self.plan.problem
             mask = np.ones((p.batch, p.heads, self.plan.q_axis.blocks, self.plan.kv_axis.blocks), dtype=bool)
         reads = np.count_nonzero(mask) / (mask.size / mask.shape[2] / self.plan.problem.group)
-        sides = [Side(self._table(q), self.orders[0]), self._gathered(k, reads), self._gathered(v, reads)]
+        sides = [Side(self._table(q), self.orders[0]), *self._gathered(k, v, reads)]
         summaries = [rows_of(x) for x in means]
         scale = np.full((1, 1, 1), self.plan.problem.scale, np.float32)
         work = self._batches(mask)
         staged = _Staged(self.plan, self.orders[0], work, numpy_dtype(self.dtype))
         common = [scale, *(side.rows.table for side in sides), *(rows.table for rows in summaries)]
         inputs = _Inputs(self.plan, sides, summaries)
-        with ExitStack() as serving:
-            submit = serving.enter_context(self.requests.any.serving(common))
-            for batch, written in zip(work, staged.parts(self.lse), strict=True):
-                fixed = self._fixed(batch, common, inputs)
-                usual = serving.enter_context(fixed.serving(common)) if fixed else submit
-                for read, write in _requests(batch, inputs, written):
-                    (usual if len(read[0]) == batch.at_once else submit)(read, write)
+        self.requests.run(common, _requests(work, inputs, staged.parts(self.lse)))
         return staged.restored(self.device, self.lse)
-
-    def _fixed(self, batch: Batch, common: Arrays, inputs: _Inputs) -> Requests | None:
-        """Requests for the shapes of a batch, where it has many of them."""
-        if len(batch.heads) < _MANY * batch.at_once:
-            return None
-        one = inputs(batch.part(slice(batch.at_once)))
-        return self.requests.fixed(tuple(x.shape for x in (*common, *one)))
 
     def _table(self, x: np.ndarray) -> Rows:
         """A tensor's tokens in the dtype of the products."""
-        return rows_of(x.astype(numpy_dtype(self.dtype), copy=False))
+        return rows_of(converted(x, numpy_dtype(self.dtype), self.device))
 
-    def _gathered(self, x: np.ndarray, reads: float) -> Side:
-        """Keys or values as they are gathered: in place, or from a copy in block order where that pays.
+    def _gathered(self, k: np.ndarray, v: np.ndarray, reads: float) -> list[Side]:
+        """Keys and values as they are gathered, by the same row numbers: in place, or from a copy in block order.
 
         Args:
-            x: ``[B, H or fewer, kv_len, D]``.
+            k, v: ``[B, H or fewer, kv_len, D]``.
             reads: how often each block is gathered.
         """
-        p, order, rows = self.plan.problem, self.orders[1], self._table(x)
-        in_place = rows.in_runs(self.run)
-        if order is None or (in_place.table[:1].nbytes >= _RUN_BYTES and reads <= _READS):
-            return Side(in_place, order)
-        ordered = in_block_order(rows, order, p.batch, p.kv_heads, self.device)
-        return Side(ordered.in_runs(longest_run(self.plan.kv_axis, None)), None)
+        order = self.orders[1]
+        keys, values = (rows_of(x).in_runs(self.run) for x in (k, v))
+        seldom = reads <= _READS and keys.table[:1].nbytes >= _RUN_BYTES
+        if keys[1:] == values[1:] and (order is None or seldom):
+            return [Side(self._table(x).in_runs(self.run), order) for x in (k, v)]
+        return [self._in_block_order(x) for x in (k, v)]
+
+    def _in_block_order(self, x: np.ndarray) -> Side:
+        p, kv, order = self.plan.problem, self.plan.kv_axis, self.orders[1]
+        tokens = np.arange(kv.length) if order is None else order
+        ordered = in_block_order(self._table(x), tokens, p.batch, p.kv_heads, self.device)
+        return Side(ordered.in_runs(longest_run(kv, None)), None)
 
     def _batches(self, mask: np.ndarray) -> list[Batch]:
         keys = _GATHERED_BYTES // (2 * self.plan.problem.head_dim * numpy_dtype(self.dtype).itemsize)
         return batches(mask, self.plan.q_axis, self.plan.kv_axis, keys=keys, logits=_LOGITS, summary=self.summary)
 
 
-def _requests(batch: Batch, inputs: _Inputs, written: Arrays) -> Iterator[tuple[Arrays, Arrays]]:
-    """The inputs and outputs of every request of a batch."""
-    for rows in cuts(len(batch.heads), _NUMBERED * batch.at_once):
-        read, write = inputs(batch.part(rows)), [x[rows] for x in written]
-        for one in cuts(len(read[0]), batch.at_once):
-            yield [x[one] for x in read], [x[one] for x in write]
+def _requests(work: list[Batch], inputs: _Inputs, outputs: Iterator[Arrays]) -> Iterator[tuple[Arrays, Arrays]]:
+    """The inputs and outputs of every request."""
+    for batch, written in zip(work, outputs, strict=True):
+        for numbered in cuts(len(batch.heads), batch.at_once * _NUMBERED):
+            read, write = inputs(batch.part(numbered)), [x[numbered] for x in written]
+            for rows in cuts(len(read[0]), batch.at_once):
+                yield [x[rows] for x in read], [x[rows] for x in write]
 
 
 class _Inputs:
@@ -137,19 +129,16 @@ class _Inputs:
 
     def __init__(self, plan: Plan, sides: list[Side], means: list[Rows]) -> None:
         p, kv = plan.problem, plan.kv_axis
-        q, k, v = sides
+        q, keys, _ = sides
         self._query = BlockRows(q, plan.q_axis, q.rows.base(p.batch, p.heads))
-        self._keys, self._values = (BlockRows(x, kv, x.rows.base(p.batch, p.heads, p.group)) for x in (k, v))
-        self._same_rows = k.rows[1:] == v.rows[1:]
-        self._run = k.rows.run
+        self._keys = BlockRows(keys, kv, keys.rows.base(p.batch, p.heads, p.group))
+        self._run = keys.rows.run
         self._mean_base = means[0].base(p.batch, p.heads, p.group) if means else None
         self._log_counts = np.log(kv.counts).astype(np.float32)
 
     def __call__(self, batch: Batch) -> Arrays:
-        keys = self._keys(batch.heads, batch.kept)
-        values = keys if self._same_rows else self._values(batch.heads, batch.kept)
-        rows = [self._query(batch.heads, batch.query), keys, values]
-        return rows if self._mean_base is None else [*rows, *self._summary(batch, keys)]
+        rows = [self._query(batch.heads, batch.query), self._keys(batch.heads, batch.kept)]
+        return rows if self._mean_base is None else [*rows, *self._summary(batch, rows[1])]
 
     def _summary(self, batch: Batch, keys: np.ndarray) -> Arrays:
         assert self._mean_base is not None

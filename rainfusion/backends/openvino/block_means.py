@@ -14,6 +14,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
+from rainfusion.backends.openvino.copies import converted
 from rainfusion.backends.openvino.runtime import Arrays, Requests, compiled, parallel_streams
 from rainfusion.backends.openvino.schedule import cuts
 from rainfusion.backends.openvino.tensors import ELEMENTS, BlockRows, Rows, Side, longest_run, rows_of
@@ -42,6 +43,8 @@ class BlockMeans:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Of ``[B, H, tokens, D]``: float32 ``[B, H, blocks, D]``."""
         batch, heads, _, head_dim = x.shape
+        if x.dtype == np.float16:  # the plugin would convert whole tables, in every request
+            x = converted(x, np.dtype(np.float32), self._device)
         table, strides, run = rows_of(x).in_runs(self._run)
         rows = self._numbered(strides, run, batch, heads)
         means = np.empty((batch * heads, self._axis.blocks, head_dim), np.float32)

@@ -37,9 +37,9 @@ class Pool:
 
     def _take(self, size: int) -> np.ndarray:
         with self._lock:
-            for at, block in enumerate(self._free):
-                if size <= block.nbytes <= 2 * size:
-                    return self._free.pop(at)
+            fits = [at for at, block in enumerate(self._free) if size <= block.nbytes <= 2 * size]
+            if fits:
+                return self._free.pop(min(fits, key=lambda at: self._free[at].nbytes))
             while self._free and self.unused() + size > self._limit:
                 self._free.pop(0)
         return np.empty(size, np.uint8)

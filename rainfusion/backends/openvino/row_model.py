@@ -6,8 +6,6 @@ and grouped heads are in the row numbers it gathers by, so ragged rows need no p
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from functools import cache
 from typing import NamedTuple
 
@@ -18,10 +16,6 @@ from openvino import opset13 as op
 from rainfusion.backends.openvino.runtime import Requests, compiled, parallel_streams
 from rainfusion.core.backend import Device
 
-Shapes = tuple[tuple[int, ...], ...]
-
-# A stream keeps a graph of its own, and the memory it works in, for every shape.
-_FIXED_GRAPHS = 16
 ROWS = 0  # the axis of a table along which tokens lie
 
 
@@ -50,56 +44,25 @@ class _Attended(NamedTuple):
 
 
 @cache
-def row_requests(model: RowModel, device: Device) -> RowRequests:
-    """The requests of this process for a graph on a device."""
-    return RowRequests(model, device)
-
-
-class RowRequests:
-    """Requests for a graph on a device, one core each where the device has several.
-
-    Attributes:
-        any: requests that take inputs of any shape.
-    """
-
-    def __init__(self, model: RowModel, device: Device) -> None:
-        self._model, self._device = model, device
-        self._streams = parallel_streams(device)
-        self._fixed: dict[Shapes, Requests] = {}
-        self._seen: deque[Shapes] = deque(maxlen=64)
-        self._lock = threading.Lock()
-        self.any = Requests(compiled(row_graph(model), device, model.element, self._streams), self._streams)
-
-    def fixed(self, shapes: Shapes) -> Requests | None:
-        """Requests for inputs of exactly these shapes, which are a little faster; None where it is not worth compiling.
-
-        It is for shapes that come back, and no more of them than the device's memory is for.
-        """
-        with self._lock:
-            if shapes not in self._fixed and len(self._fixed) < _FIXED_GRAPHS // self._streams:
-                if shapes in self._seen:
-                    self._fixed[shapes] = self._compiled(shapes)
-                self._seen.append(shapes)
-            return self._fixed.get(shapes)
-
-    def _compiled(self, shapes: Shapes) -> Requests:
-        graph = row_graph(self._model)
-        graph.reshape({at: ov.PartialShape(list(shape)) for at, shape in enumerate(shapes)})
-        return Requests(compiled(graph, self._device, self._model.element, self._streams), self._streams)
+def row_requests(model: RowModel, device: Device) -> Requests:
+    """Compiled requests for a graph on a device: one core each where the device has several."""
+    streams = parallel_streams(device)
+    return Requests(compiled(row_graph(model), device, model.element, streams), streams)
 
 
 def row_graph(model: RowModel) -> ov.Model:
     """Inputs: scale, the tables q ``[rows, D]``, k and v ``[rows, run * D]`` (and those of the block means), row
-    numbers ``[n, L]``, ``[n, K / run]``, ``[n, K / run]`` (and ``[n, S]``, logit bias ``[n, 1, K + S]``).
+    numbers ``[n, L]`` of queries, ``[n, K / run]`` of keys and values (and ``[n, S]``, logit bias ``[n, 1, K + S]``).
     Outputs: ``[n, L, D]`` and, with `lse`, float32 ``[n, L, 1]``.
     """
     # A constant scale would be moved through the gather and multiply whole tables in every request.
     scale = op.parameter([1, 1, 1], ov.Type.f32, "scale")
     widths = (model.head_dim, -1, -1)
     tables = [op.parameter([-1, width], model.element, name) for width, name in zip(widths, "qkv", strict=True)]
-    numbers = [op.parameter([-1, -1], ov.Type.i32, f"rows_of_{name}") for name in ("q", "k", "v")]
-    query, keys, values = (_gathered(*pair, model.head_dim) for pair in zip(tables, numbers, strict=True))
-    inputs = [scale, *tables, *numbers]
+    of_q, of_kv = (op.parameter([-1, -1], ov.Type.i32, f"rows_of_{name}") for name in ("q", "kv"))
+    pairs = zip(tables, (of_q, of_kv, of_kv), strict=True)
+    query, keys, values = (_gathered(table, numbers, model.head_dim) for table, numbers in pairs)
+    inputs = [scale, *tables, of_q, of_kv]
     attended = _Attended(keys, values, None)
     if model.summary:
         attended, inputs = _with_summary(attended, model.head_dim, inputs)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -24,7 +23,6 @@ CACHE_FOLDER = "RAINFUSION_OPENVINO_CACHE"
 HOME = "RAINFUSION_OPENVINO_DEVICE"
 
 Arrays = Sequence[np.ndarray]
-Submit = Callable[[Arrays, Arrays], None]
 
 
 @cache
@@ -118,64 +116,43 @@ class Requests:
         self._requests = [model.create_infer_request() for _ in range(2 * streams if streams > 1 else 1)]
 
     def run(self, common: Arrays, pieces: Iterable[tuple[Arrays, Arrays]]) -> None:
-        """Run the model once a piece; as `serving`, with all the work at hand."""
-        with self.serving(common) as submit:
-            for inputs, outputs in pieces:
-                submit(inputs, outputs)
-
-    @contextmanager
-    def serving(self, common: Arrays) -> Iterator[Submit]:
-        """While open, hand out work; at the end, wait for all of it.
+        """Run the model once a piece.
 
         Args:
-            common: the first inputs, the same for every piece of work.
-
-        Yields:
-            a function of (the other inputs, the arrays that receive the outputs) that starts a request.
+            common: the first inputs, the same for every piece.
+            pieces: (the other inputs, the arrays that receive the outputs); made while others run.
 
         Raises:
             RuntimeError: what OpenVINO says where a request fails. No request is running afterwards.
         """
         with self._lock:
-            serving = _Serving(self._requests, common)
             try:
-                yield serving.submit
-                serving.wait()
+                self._run(common, pieces)
             except BaseException:
-                serving.stop()
+                self._stop()
                 raise
 
-
-class _Serving:
-    """One call: its requests take turns."""
-
-    def __init__(self, requests: list[ov.InferRequest], common: Arrays) -> None:
-        self._requests, self._common = requests, common
-        self._alive: dict[int, Any] = {}  # tensors do not keep the arrays below them
-        self._submitted = 0
+    def _run(self, common: Arrays, pieces: Iterable[tuple[Arrays, Arrays]]) -> None:
         shared = [tensor_on(array) for array in common]
-        for request in requests:
+        for request in self._requests:
             for at, tensor in enumerate(shared):
                 request.set_input_tensor(at, tensor)
-
-    def submit(self, inputs: Arrays, outputs: Arrays) -> None:
-        turn = self._submitted % len(self._requests)
-        request = self._requests[turn]
-        if turn in self._alive:  # a request cancelled in an earlier call says so once more until it is started
-            request.wait()
-        self._alive[turn] = (inputs, outputs)
-        for at, array in enumerate(inputs, len(self._common)):
-            request.set_input_tensor(at, tensor_on(array))
-        for at, array in enumerate(outputs):
-            request.set_output_tensor(at, tensor_on(array))
-        request.start_async()
-        self._submitted += 1
-
-    def wait(self) -> None:
-        for turn in self._alive:
+        alive: dict[int, Any] = {}  # tensors do not keep the arrays below them
+        for number, (inputs, outputs) in enumerate(pieces):
+            turn = number % len(self._requests)
+            request = self._requests[turn]
+            if turn in alive:  # a request cancelled in an earlier call says so once more until it is started
+                request.wait()
+            alive[turn] = (inputs, outputs)
+            for at, array in enumerate(inputs):
+                request.set_input_tensor(len(shared) + at, tensor_on(array))
+            for at, array in enumerate(outputs):
+                request.set_output_tensor(at, tensor_on(array))
+            request.start_async()
+        for turn in alive:
             self._requests[turn].wait()
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         for request in self._requests:
             request.cancel()
         for request in self._requests:
