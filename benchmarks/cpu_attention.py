@@ -195,6 +195,8 @@ def _machine() -> dict[str, Any]:
     flags = _cpu_info("flags").split()
     return {
         "cpu": _cpu_info("model name") or platform.processor(),
+        # What a hypervisor leaves of a name: AMD's family 25 is Zen 4 (or 3), 26 is Zen 5.
+        "family": _cpu_info("cpu family"),
         "cores": _cores(),
         "instructions": [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
         "versions": {name: version(name) for name in ("rainfusion", "openvino", "torch", "numpy")},

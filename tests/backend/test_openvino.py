@@ -267,19 +267,22 @@ class TestDevices:
             runtime.compiled(model, Device("npu", 7), ov.Type.f16, 1)
 
     @pytest.mark.parametrize(
-        ("length", "dtype", "policy", "preferred"),
+        ("cpu", "length", "dtype", "policy", "preferred"),
         [
-            (8192, "float32", SOME, True),
-            (8192, "bfloat16", rainfusion.Fixed(), True),
-            (8192, "float16", SOME, False),
-            (8192, "float32", rainfusion.TopK(0.0), False),
-            (4096, "float32", SOME, False),
+            ("Intel(R) Xeon(R) Processor", 8192, "float32", SOME, True),
+            ("Intel(R) Xeon(R) Processor", 8192, "bfloat16", rainfusion.Fixed(), True),
+            ("Intel(R) Xeon(R) Processor", 8192, "float16", SOME, False),
+            ("Intel(R) Xeon(R) Processor", 8192, "float32", rainfusion.TopK(0.0), False),
+            ("Intel(R) Xeon(R) Processor", 4096, "float32", SOME, False),
+            ("AMD EPYC", 1024, "float16", rainfusion.TopK(0.0), True),
+            ("AMD EPYC", 512, "float32", SOME, False),
         ],
     )
-    def test_it_is_preferred_to_the_portable_backend_where_it_was_faster(self, length, dtype, policy, preferred):
+    def test_it_is_preferred_to_the_portable_backend_where_it_was_faster(self, cpu, length, dtype, policy, preferred):
         plan = rainfusion.plan(rainfusion.AttentionProblem(1, 4, length, length, 64, dtype), None, policy)
-        assert (BACKEND.preference(plan, CPU) > PORTABLE) is preferred
-        assert BACKEND.preference(plan, CPU) > ORACLE
+        device = Device("cpu", None, cpu)
+        assert (BACKEND.preference(plan, device) > PORTABLE) is preferred
+        assert BACKEND.preference(plan, device) > ORACLE
 
     def test_float64_is_refused_by_name(self):
         plan = rainfusion.plan(rainfusion.AttentionProblem(1, 1, 1280, 1280, 64, "float64"))

@@ -72,13 +72,13 @@ class Attend:
         Returns:
             ``(out,)`` or ``(out, lse)``: ``[B, H, q_len, D]`` in the dtype of the products, float32 ``[B, H, q_len]``.
         """
+        p, q_blocks, kv_blocks = self.plan.problem, self.plan.q_axis.blocks, self.plan.kv_axis.blocks
         if mask is None:
-            p = self.plan.problem
-            mask = np.ones((p.batch, p.heads, self.plan.q_axis.blocks, self.plan.kv_axis.blocks), dtype=bool)
-        reads = np.count_nonzero(mask) / (mask.size / mask.shape[2] / self.plan.problem.group)
+            mask = np.ones((p.batch, p.heads, q_blocks, kv_blocks), dtype=bool)
+        reads = np.count_nonzero(mask) / (p.batch * p.kv_heads * kv_blocks)
         sides = [Side(self._table(q), self.orders[0]), *self._gathered(k, v, reads)]
         summaries = [rows_of(x) for x in means]
-        scale = np.full((1, 1, 1), self.plan.problem.scale, np.float32)
+        scale = np.full((1, 1, 1), p.scale, np.float32)
         work = self._batches(mask)
         staged = _Staged(self.plan, self.orders[0], work, numpy_dtype(self.dtype))
         common = [scale, *(side.rows.table for side in sides), *(rows.table for rows in summaries)]

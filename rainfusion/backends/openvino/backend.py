@@ -19,9 +19,9 @@ from rainfusion.core.ir import Plan
 
 Array = Any
 
-# Where this backend was ahead of the portable torch one on two cores (docs/openvino.md): sparse plans of this
-# many tokens, in dtypes that the CPU multiplies as they are.
-_AHEAD_FROM = 8192
+# Tokens from which this backend was ahead of the portable torch one on two cores (docs/openvino.md): on AMD's CPUs, for
+# which torch's library is not made, any plan; on others sparse ones, in dtypes that the CPU multiplies as they are.
+_AHEAD_ON_AMD, _AHEAD_FROM = 1024, 8192
 
 
 class OpenVinoBackend(Backend):
@@ -48,9 +48,7 @@ class OpenVinoBackend(Backend):
         return [*chains, Kernel(ATTEND, build_attend), Kernel(ATTEND_WITH_SUMMARY, build_attend)]
 
     def preference(self, plan: Plan, device: Device) -> int:
-        p = plan.problem
-        ahead = not plan.is_dense and p.dtype != "float16" and min(p.q_len, p.kv_len) >= _AHEAD_FROM
-        return VENDOR if ahead or device.type != "cpu" else PORTABLE - 1
+        return VENDOR if device.type != "cpu" or _is_ahead(plan, device) else PORTABLE - 1
 
     def check_inputs(self, q: Array, k: Array, v: Array) -> None:
         refuse_gradients(q, k, v)
@@ -72,3 +70,10 @@ class OpenVinoBackend(Backend):
 
     def to_host(self, array: Array) -> np.ndarray:
         return as_numpy(array)
+
+
+def _is_ahead(plan: Plan, device: Device) -> bool:
+    tokens = min(plan.problem.q_len, plan.problem.kv_len)
+    if device.name.startswith("AMD"):
+        return tokens >= _AHEAD_ON_AMD
+    return tokens >= _AHEAD_FROM and not plan.is_dense and plan.problem.dtype != "float16"

@@ -48,11 +48,6 @@ class Rows(NamedTuple):
         sample, head, _ = self.strides
         return Rows(self.table.reshape(-1, run * self.table.shape[1]), (sample // run, head // run, 1), run)
 
-    @property
-    def element(self) -> ov.Type:
-        """The element type."""
-        return ELEMENTS[self.table.dtype]
-
     def base(self, batch: int, heads: int, group: int = 1) -> np.ndarray:
         """Row at which the tokens of each query head begin, int32 ``[batch * heads]``; `group` of them share one."""
         sample, head = np.divmod(np.arange(batch * heads, dtype=np.int32), np.int32(heads))
