@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -60,12 +61,14 @@ def main() -> None:
 
 
 def measure(tensors: Tensors, grid: tuple[int, int, int], sparsity: float, rounds: int, flex: bool) -> dict[str, Any]:
-    """Median milliseconds of every variant, taken in turn `rounds` times, and the errors of the sparse ones."""
+    """Median milliseconds of every variant, `rounds` times in random order, and the errors of the sparse ones."""
     variants = {**dense_variants(*tensors), **sparse_variants(tensors, TokenLayout(grid), sparsity, flex)}
     errors = _errors(variants)
     times: dict[str, list[float]] = {name: [] for name in variants}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, run in variants.items():
+        # What ran before leaves its data in the caches and its threads awake.
+        for name, run in order.sample(list(variants.items()), len(variants)):
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e3)
