@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -225,7 +226,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--flex", action="store_true", help="also torch.compile(flex_attention); needs a C++ compiler")
+    compiler = shutil.which(os.environ.get("CXX", "c++")) is not None
+    flex = {"action": argparse.BooleanOptionalAction, "default": compiler}
+    parser.add_argument("--flex", **flex, help="also torch.compile(flex_attention); where there is a C++ compiler")
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", _cores())))
