@@ -30,15 +30,19 @@ BACKENDS = """
     class Modest(ReferenceBackend):
         name = "modest"
         def capabilities(self, device): return Capabilities(head_dims=frozenset({96}))
+
+    class Slow(ReferenceBackend):
+        name = "slow"
+        def speedup(self, plan, device): return 0.5
 """
 
 
 @pytest.fixture
 def backends(site: Any, plugin: Any) -> Any:
-    names = ("Right", "Wrong", "Absent", "Modest")
-    source = plugin(**{name.lower(): f"four_backends:{name}" for name in names})
-    site.add("four", {"four": "four_plugin"}, {"four_plugin.py": source})
-    site.add("four-backends", {}, {"four_backends.py": BACKENDS})
+    names = ("Right", "Wrong", "Absent", "Modest", "Slow")
+    source = plugin(**{name.lower(): f"five_backends:{name}" for name in names})
+    site.add("five", {"five": "five_plugin"}, {"five_plugin.py": source})
+    site.add("five-backends", {}, {"five_backends.py": BACKENDS})
     return site
 
 
@@ -74,6 +78,11 @@ def test_a_right_backend_passes_and_the_report_says_on_what_evidence(backends: A
     assert test["lse"] <= test["lse_tolerance"]
     assert {"relative", "seconds"} <= {*test}
     assert len(test["inputs"]) == 64
+
+
+def test_a_backend_is_not_failed_for_being_slow(backends: Any) -> None:
+    status, output, _ = run(backends, "slow", "-W", "error::rainfusion.core.errors.SpeedWarning")
+    assert status == 0, output
 
 
 def test_a_wrong_backend_fails_and_the_report_is_written(backends: Any) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rainfusion.plugins.conformance.contract import Contract
 from rainfusion.plugins.conformance.end_to_end import EndToEnd
 from rainfusion.plugins.conformance.huge import Huge
 from rainfusion.plugins.conformance.node import Node
 
 
+# The cases are small; what is fast is another question than what is right.
+@pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SpeedWarning")
 class ConformanceSuite(Contract, Node, EndToEnd, Huge):
     """Everything a backend must do.
 
