@@ -21,7 +21,7 @@ from rainfusion.backends.openvino.tensors import ELEMENTS, BlockRows, Rows, Side
 from rainfusion.core.backend import Device
 from rainfusion.core.layout import BlockedAxis
 
-# In float32. Smaller requests are slower for their number, larger ones leave the cache.
+# In float32, where every core has its share. Smaller requests are slower for their number, larger ones leave the cache.
 _GATHERED_BYTES = 2**22
 
 
@@ -61,9 +61,11 @@ class BlockMeans:
 
     def _full_blocks(self, rows: BlockRows, means: np.ndarray) -> Iterator[tuple[Arrays, Arrays]]:
         """Row numbers of n blocks of a head, and where their means go."""
-        at_once = max(1, _GATHERED_BYTES // (4 * self._axis.block * means.shape[-1]))
+        full = self._axis.blocks - self._ragged
+        share = len(means) * full // (2 * parallel_streams(self._device))
+        at_once = max(1, min(share, _GATHERED_BYTES // (4 * self._axis.block * means.shape[-1])))
         for head in range(len(means)):
-            for cut in cuts(self._axis.blocks - self._ragged, at_once):
+            for cut in cuts(full, at_once):
                 blocks = np.arange(cut.start, cut.stop)[:, None]
                 yield [rows(np.full(len(blocks), head), blocks)], [means[head, cut]]
 
