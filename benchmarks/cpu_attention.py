@@ -226,7 +226,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=7)
-    compiler = shutil.which(os.environ.get("CXX", "c++")) is not None
+    compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
     flex = {"action": argparse.BooleanOptionalAction, "default": compiler}
     parser.add_argument("--flex", **flex, help="also torch.compile(flex_attention); where there is a C++ compiler")
     parser.add_argument("--json", type=Path, help="write every measurement to this file")

@@ -1,4 +1,4 @@
-"""What the kit cannot know of the OpenVINO backend: memory, threads, failures, precision, what a piece holds."""
+"""What the kit cannot know of the OpenVINO backend: memory, threads, failures, precision, what a batch holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rainfusion
@@ -159,6 +159,13 @@ class TestPool:
             pool.array((size,), self.F32)
             assert 4 * size <= pool.unused() <= 1000
 
+    def test_the_smallest_block_that_fits_is_taken(self):
+        pool = memory.Pool()
+        several = [pool.array((size,), self.F32) for size in (190, 120, 150)]
+        address = several[1].ctypes.data
+        del several
+        assert pool.array((100,), self.F32).ctypes.data == address
+
     def test_empty_arrays(self):
         assert memory.Pool().array((0, 8), self.F32).shape == (0, 8)
 
@@ -219,6 +226,19 @@ class TestThreads:
         requests.run((), [((good,), (out,))] * 5)
         np.testing.assert_array_equal(out, 2 * good)
 
+    def test_a_request_that_fails_half_way_leaves_nothing_behind(self):
+        x, y = (op.parameter([-1, -1], ov.Type.f32) for _ in range(2))
+        doubled = op.matmul(op.relu(x), op.relu(y), False, False)
+        requests = runtime.Requests(ov.Model([doubled], [x, y], "product"), CPU, ov.Type.f32, 2)
+        good, long, out = np.eye(3, dtype=np.float32), np.ones((5, 3), np.float32), np.empty((3, 3), np.float32)
+        requests.run((), [((good, good), (out,))] * 5)
+        with pytest.raises(RuntimeError, match="incompatible"):
+            requests.run((), [((good, long), (out,))] * 5)
+        for _ in range(3):
+            out[:] = 0
+            requests.run((), [((good, good), (out,))] * 5)
+            np.testing.assert_array_equal(out, good)
+
     def test_an_interrupted_call_leaves_nothing_behind(self):
         requests = _doubling_requests()
         good, out = np.ones((1, 4), np.float32), np.empty((1, 4), np.float32)
@@ -239,7 +259,7 @@ class TestThreads:
 def _doubling_requests() -> runtime.Requests:
     x = op.parameter([1, 4], ov.Type.f32)
     model = ov.Model([op.add(x, x)], [x], "doubling")
-    return runtime.Requests(runtime.compiled(model, CPU, ov.Type.f32, 2), 2)
+    return runtime.Requests(model, CPU, ov.Type.f32, 2)
 
 
 class TestDevices:
@@ -355,12 +375,46 @@ class TestTokenOrder:
             results.append(run(*x))
         np.testing.assert_array_equal(*results)
 
-    def test_keys_and_values_may_be_laid_out_differently(self, rng):
-        q, k, v = qkv(rng, 1, 2, 1500, 64)
-        apart = np.ascontiguousarray(v.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
-        for layout in (None, rainfusion.TokenLayout((5, 15, 20))):
-            run = lowered(rainfusion.AttentionProblem(1, 2, 1500, 1500, 64), layout)
-            np.testing.assert_array_equal(run(q, k, apart), run(q, k, v))
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("tokens", [1500, 1536, 509])
+    @pytest.mark.parametrize("padded", [0, 32])
+    def test_keys_and_values_may_be_laid_out_differently(self, rng, dtype, tokens, padded):
+        q, k, v = qkv(rng, 1, 2, tokens, 64, dtype=dtype)
+        memory = np.zeros((1, tokens, 2, 64 + padded), v.dtype)
+        apart = memory[..., :64].transpose(0, 2, 1, 3)
+        apart[...] = v
+        layouts = [None, rainfusion.TokenLayout((tokens // 300, 15, 20))] if tokens == 1500 else [None]
+        for layout in layouts:
+            problem = rainfusion.AttentionProblem(1, 2, tokens, tokens, 64, dtype)
+            for returns in (("%out",), ("%out", "%lse")):
+                run = lowered(problem, layout, returns=returns)
+                np.testing.assert_equal(run(q, k, apart), run(q, k, v))
+
+    def test_an_axis_of_one_may_have_any_stride(self, rng):
+        x = qkv(rng, 1, 2, 300, 64)[0]
+        odd = np.lib.stride_tricks.as_strided(x, x.shape, (2**60, *x.strides[1:]))
+        assert tensors.rows_of(odd).strides == (0, 300, 1)
+        assert np.shares_memory(tensors.rows_of(odd).table, x)
+
+    @settings(max_examples=200, deadline=None)
+    @given(data=st.data())
+    def test_memory_layouts_do_not_matter(self, data):
+        batch, (heads, kv_heads) = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([(2, 2), (4, 2), (3, 1)]))
+        grid = data.draw(st.sampled_from([None, None, (5, 16, 16), (5, 15, 20)]))
+        tokens = int(np.prod(grid)) if grid else data.draw(st.sampled_from([256, 509]))
+        dtype, lse = data.draw(st.sampled_from(["float32", "float16", "bfloat16"])), data.draw(st.booleans())
+        problem = rainfusion.AttentionProblem(batch, heads, tokens, tokens, 32, dtype, kv_heads)
+        run = lowered(
+            problem, rainfusion.TokenLayout(grid) if grid else None, returns=("%out", "%lse") if lse else ("%out",)
+        )
+        names, rng = st.sampled_from(sorted(LAYOUTS)), np.random.default_rng(data.draw(st.integers(0, 9)))
+        shapes = [problem.q_shape, problem.kv_shape, problem.kv_shape]
+        views = [LAYOUTS[data.draw(names)](rng, *shape, dtype) for shape in shapes]
+        with pytest.MonkeyPatch.context() as patch:
+            if data.draw(st.booleans()):  # gather in place wherever that can be
+                patch.setattr(attend, "_RUN_BYTES", 1)
+                patch.setattr(attend, "_READS", 10**9)
+            np.testing.assert_equal(run(*views), run(*(x.copy() for x in views)))
 
     @given(data=st.data())
     def test_the_longest_run_lies_in_one_block_and_one_row(self, data):
@@ -375,6 +429,26 @@ class TestTokenOrder:
         assert (rows == rows[:, :1] + np.arange(run)).all()
         assert (rows[:, 0] % run == 0).all()
         assert run % math.gcd(unit, axis.block) == 0
+
+
+def _memory(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return rng.standard_normal(shape).astype(numpy_dtype(dtype))
+
+
+# Arrays [B, H, tokens, D] on memory that is laid out in some way.
+LAYOUTS = {
+    "plain": lambda rng, b, h, n, d, dtype: _memory(rng, (b, h, n, d), dtype),
+    "tokens before heads": lambda rng, b, h, n, d, dtype: _memory(rng, (b, n, h, d), dtype).transpose(0, 2, 1, 3),
+    "heads first": lambda rng, b, h, n, d, dtype: _memory(rng, (h, b, n, d), dtype).transpose(1, 0, 2, 3),
+    "packed": lambda rng, b, h, n, d, dtype: _memory(rng, (b, n, 3, h, d), dtype)[:, :, 1].transpose(0, 2, 1, 3),
+    "padded": lambda rng, b, h, n, d, dtype: _memory(rng, (b, n, h, d + 8), dtype)[..., :d].transpose(0, 2, 1, 3),
+    "part of a cache": lambda rng, b, h, n, d, dtype: _memory(rng, (b, h, n + 7, d), dtype)[:, :, 7:],
+    "channels apart": lambda rng, b, h, n, d, dtype: _memory(rng, (b, h, d, n), dtype).transpose(0, 1, 3, 2),
+    "one for all heads": lambda rng, b, h, n, d, dtype: np.broadcast_to(
+        _memory(rng, (b, 1, n, d), dtype), (b, h, n, d)
+    ),
+    "backwards": lambda rng, b, h, n, d, dtype: _memory(rng, (b, h, n, d), dtype)[:, :, ::-1],
+}
 
 
 def test_rows_that_keep_nothing_give_zero_and_minus_infinity(rng):
@@ -400,7 +474,7 @@ def test_selection_is_that_of_the_semantics_on_ties_nan_and_infinity(rng, policy
     x = op.parameter(list(score.shape), ov.Type.f32)
     model = ov.Model([select_blocks.select(x, plan)], [x], "select")
     mask = np.empty(score.shape, dtype=bool)
-    runtime.Requests(runtime.compiled(model, CPU, ov.Type.f32, 1), 1).run((), [((score,), (mask,))])
+    runtime.Requests(model, CPU, ov.Type.f32, 1).run((), [((score,), (mask,))])
     expected = semantics_select(score, policy=policy, q=plan.q_axis, kv=plan.kv_axis)
     np.testing.assert_array_equal(mask, expected)
 

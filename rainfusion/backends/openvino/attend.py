@@ -24,7 +24,7 @@ ATTEND_WITH_SUMMARY = ("attend", "attend", "merge")
 _GATHERED_BYTES = 2**22
 _LOGITS = 2**21
 _NUMBERED = 32  # requests whose row numbers are made at a time
-# Keys and values that are gathered so seldom need no copy in block order, where the order has runs of so many bytes.
+# With so few kept pairs for a block, keys and values need no copy in block order where it has runs of so many bytes.
 _READS, _RUN_BYTES = 8, 2**11
 
 
@@ -95,19 +95,20 @@ class Attend:
 
         Args:
             k, v: ``[B, H or fewer, kv_len, D]``.
-            reads: how often each block is gathered.
+            reads: kept block pairs, for every block of keys.
         """
-        order = self.orders[1]
-        keys, values = (rows_of(x).in_runs(self.run) for x in (k, v))
+        order, tables = self.orders[1], [self._table(x) for x in (k, v)]
+        keys, values = (table.in_runs(self.run) for table in tables)
         seldom = reads <= _READS and keys.table[:1].nbytes >= _RUN_BYTES
         if keys[1:] == values[1:] and (order is None or seldom):
-            return [Side(self._table(x).in_runs(self.run), order) for x in (k, v)]
-        return [self._in_block_order(x) for x in (k, v)]
+            return [Side(keys, order), Side(values, order)]
+        del keys, values  # each table is let go as soon as it is copied
+        return [self._in_block_order(tables.pop(0)) for _ in range(2)]
 
-    def _in_block_order(self, x: np.ndarray) -> Side:
+    def _in_block_order(self, rows: Rows) -> Side:
         p, kv, order = self.plan.problem, self.plan.kv_axis, self.orders[1]
         tokens = np.arange(kv.length) if order is None else order
-        ordered = in_block_order(self._table(x), tokens, p.batch, p.kv_heads, self.device)
+        ordered = in_block_order(rows, tokens, p.batch, p.kv_heads, self.device)
         return Side(ordered.in_runs(longest_run(kv, None)), None)
 
     def _batches(self, mask: np.ndarray) -> list[Batch]:
@@ -129,7 +130,8 @@ class _Inputs:
 
     def __init__(self, plan: Plan, sides: list[Side], means: list[Rows]) -> None:
         p, kv = plan.problem, plan.kv_axis
-        q, keys, _ = sides
+        q, keys, values = sides
+        assert keys.rows[1:] == values.rows[1:]
         self._query = BlockRows(q, plan.q_axis, q.rows.base(p.batch, p.heads))
         self._keys = BlockRows(keys, kv, keys.rows.base(p.batch, p.heads, p.group))
         self._run = keys.rows.run

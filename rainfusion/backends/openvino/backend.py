@@ -25,7 +25,7 @@ _AHEAD_ON_AMD, _AHEAD_FROM = 1024, 8192
 
 
 class OpenVinoBackend(Backend):
-    """The whole plan in OpenVINO: the mask chain as one graph, attention a few rows of the mask a request.
+    """The whole plan in OpenVINO: block means a few blocks a request, attention a few rows of the mask a request.
 
     Every OpenVINO device reads host memory, so host tensors live on whichever of them is `home`.
     """

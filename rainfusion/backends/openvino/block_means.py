@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache, lru_cache
-from itertools import chain
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
 from rainfusion.backends.openvino.copies import converted
-from rainfusion.backends.openvino.runtime import Arrays, Requests, compiled, parallel_streams
+from rainfusion.backends.openvino.runtime import Arrays, Requests, parallel_streams
 from rainfusion.backends.openvino.schedule import cuts
 from rainfusion.backends.openvino.tensors import ELEMENTS, BlockRows, Rows, Side, longest_run, rows_of
 from rainfusion.core.backend import Device
@@ -49,8 +48,7 @@ class BlockMeans:
         rows = self._numbered(strides, run, batch, heads)
         means = np.empty((batch * heads, self._axis.blocks, head_dim), np.float32)
         last = np.empty((batch * heads, head_dim), np.float32)
-        work = chain(self._full_blocks(rows, means), self._last_blocks(rows, last))
-        _requests(head_dim, ELEMENTS[table.dtype], self._device).run([table], work)
+        _requests(head_dim, ELEMENTS[table.dtype], self._device).run([table], self._work(rows, means, last))
         if self._ragged:
             means[:, -1] = last
         return means.reshape(batch, heads, self._axis.blocks, head_dim)
@@ -59,21 +57,18 @@ class BlockMeans:
         rows = Rows(np.empty((0, 0)), strides, run)
         return BlockRows(Side(rows, self._order), self._axis, rows.base(batch, heads))
 
-    def _full_blocks(self, rows: BlockRows, means: np.ndarray) -> Iterator[tuple[Arrays, Arrays]]:
-        """Row numbers of n blocks of a head, and where their means go."""
-        full = self._axis.blocks - self._ragged
-        share = len(means) * full // (2 * parallel_streams(self._device))
+    def _work(self, rows: BlockRows, means: np.ndarray, last: np.ndarray) -> Iterator[tuple[Arrays, Arrays]]:
+        """Row numbers of n blocks, and where their means go: the ragged block of several heads, or full ones of one."""
+        heads, full = np.arange(len(means)), self._axis.blocks - self._ragged
+        share = len(heads) * full // (2 * parallel_streams(self._device))
         at_once = max(1, min(share, _GATHERED_BYTES // (4 * self._axis.block * means.shape[-1])))
-        for head in range(len(means)):
+        if self._ragged:
+            for cut in cuts(len(heads), at_once):
+                yield [rows(heads[cut], np.full_like(heads[cut], full)[:, None])], [last[cut]]
+        for head in heads:
             for cut in cuts(full, at_once):
                 blocks = np.arange(cut.start, cut.stop)[:, None]
                 yield [rows(np.full(len(blocks), head), blocks)], [means[head, cut]]
-
-    def _last_blocks(self, rows: BlockRows, means: np.ndarray) -> Iterator[tuple[Arrays, Arrays]]:
-        """The same for the ragged block of every head."""
-        if self._ragged:
-            heads = np.arange(len(means))
-            yield [rows(heads, np.full_like(heads, self._axis.blocks - 1)[:, None])], [means]
 
 
 @cache
@@ -86,4 +81,4 @@ def _requests(head_dim: int, element: ov.Type, device: Device) -> Requests:
     tokens = op.reshape(gathered, op.constant(np.array([0, -1, head_dim])), special_zero=True)
     mean = op.reduce_mean(op.convert(tokens, ov.Type.f32), op.constant(np.array([1])), False)
     streams = parallel_streams(device)
-    return Requests(compiled(ov.Model([mean], [table, numbers], "block means"), device, ov.Type.f32, streams), streams)
+    return Requests(ov.Model([mean], [table, numbers], "block means"), device, ov.Type.f32, streams)

@@ -1,7 +1,7 @@
 """Copies by several cores at once: rows of a table in another order, elements of another type.
 
 NumPy makes them: it copies rows about twice as fast as OpenVINO gathers them, and leaves Python to other threads
-meanwhile.
+meanwhile, except while it widens bfloat16, whose type is not its own.
 """
 
 from __future__ import annotations

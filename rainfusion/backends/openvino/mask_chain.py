@@ -9,7 +9,7 @@ import openvino as ov
 from openvino import opset13 as op
 
 from rainfusion.backends.openvino.block_means import BlockMeans
-from rainfusion.backends.openvino.runtime import Requests, compiled
+from rainfusion.backends.openvino.runtime import Requests
 from rainfusion.backends.openvino.select_blocks import select
 from rainfusion.core.backend import Device, Segment
 from rainfusion.core.ir import Op, Plan
@@ -58,7 +58,7 @@ class _Selected:
         self._means = [str(name) for name in score.args]
         self.result = choice.outs[0]
         self._scale = np.array([plan.problem.scale], np.float32)
-        self._requests = Requests(compiled(_selection_graph(plan), device, _F32, 1), 1)
+        self._requests = Requests(_selection_graph(plan), device, _F32, 1)
 
     def __call__(self, values: dict[str, np.ndarray]) -> np.ndarray:
         queries, keys = (values[name] for name in self._means)

@@ -13,7 +13,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
-from rainfusion.backends.openvino.runtime import Requests, compiled, parallel_streams
+from rainfusion.backends.openvino.runtime import Requests, parallel_streams
 from rainfusion.core.backend import Device
 
 ROWS = 0  # the axis of a table along which tokens lie
@@ -36,7 +36,7 @@ class RowModel(NamedTuple):
 
 
 class _Attended(NamedTuple):
-    """Keys and values of a piece, ``[n, K, D]``, and what is added to their logits."""
+    """Keys and values of a request, ``[n, K, D]``, and what is added to their logits."""
 
     keys: ov.Output
     values: ov.Output
@@ -47,7 +47,7 @@ class _Attended(NamedTuple):
 def row_requests(model: RowModel, device: Device) -> Requests:
     """Compiled requests for a graph on a device: one core each where the device has several."""
     streams = parallel_streams(device)
-    return Requests(compiled(row_graph(model), device, model.element, streams), streams)
+    return Requests(row_graph(model), device, model.element, streams)
 
 
 def row_graph(model: RowModel) -> ov.Model:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -105,15 +105,25 @@ def compiled(model: ov.Model, device: Device, precision: ov.Type, streams: int) 
 
 
 class Requests:
-    """The infer requests of one compiled model, two a stream so that none waits for its next piece of work.
+    """The infer requests of one model, two a stream so that none waits for its next piece of work.
 
     Calls are taken one after the other: each keeps every stream busy, so nothing is lost, and two threads
-    never write into one request.
+    never write into one request. After a failure the model is compiled again: a request that fails half way leaves the
+    shapes it had in the plugin's graph, and the next would find them there.
+
+    Args:
+        model, device, precision, streams: as `compiled`.
     """
 
-    def __init__(self, model: ov.CompiledModel, streams: int) -> None:
+    def __init__(self, model: ov.Model, device: Device, precision: ov.Type, streams: int) -> None:
+        self._compile = partial(compiled, model, device, precision, streams)
+        self._count = 2 * streams if streams > 1 else 1
         self._lock = threading.Lock()
-        self._requests = [model.create_infer_request() for _ in range(2 * streams if streams > 1 else 1)]
+        self._requests = self._made()
+
+    def _made(self) -> list[ov.InferRequest]:
+        model = self._compile()
+        return [model.create_infer_request() for _ in range(self._count)]
 
     def run(self, common: Arrays, pieces: Iterable[tuple[Arrays, Arrays]]) -> None:
         """Run the model once a piece.
@@ -130,9 +140,11 @@ class Requests:
                 self._run(common, pieces)
             except BaseException:
                 self._stop()
+                self._requests = []
                 raise
 
     def _run(self, common: Arrays, pieces: Iterable[tuple[Arrays, Arrays]]) -> None:
+        self._requests = self._requests or self._made()
         shared = [tensor_on(array) for array in common]
         for request in self._requests:
             for at, tensor in enumerate(shared):
@@ -141,7 +153,7 @@ class Requests:
         for number, (inputs, outputs) in enumerate(pieces):
             turn = number % len(self._requests)
             request = self._requests[turn]
-            if turn in alive:  # a request cancelled in an earlier call says so once more until it is started
+            if turn in alive:
                 request.wait()
             alive[turn] = (inputs, outputs)
             for at, array in enumerate(inputs):

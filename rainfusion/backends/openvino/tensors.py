@@ -61,10 +61,12 @@ class Rows(NamedTuple):
 def rows_of(x: np.ndarray) -> Rows:
     """The rows of ``[B, H, tokens, D]``: the same memory where D is contiguous and every stride a multiple of it."""
     row = x.shape[-1] * x.itemsize
+    # An axis of one may have any stride; none is as good, and never too large.
+    strides = [stride if n > 1 else 0 for n, stride in zip(x.shape[:3], x.strides[:3], strict=True)]
     fits = x.strides[3] == x.itemsize or x.shape[3] == 1
-    if not fits or any(stride < 0 or stride % row for stride in x.strides[:3]):
-        x = np.ascontiguousarray(x)
-    first, second, third = (stride // row for stride in x.strides[:3])
+    if not fits or any(stride < 0 or stride % row for stride in strides):
+        return rows_of(np.ascontiguousarray(x))
+    first, second, third = (stride // row for stride in strides)
     count = 1 + sum((n - 1) * s for n, s in zip(x.shape[:3], (first, second, third), strict=True))
     table = np.lib.stride_tricks.as_strided(x, (count, x.shape[3]), (row, x.itemsize))
     return Rows(table, (first, second, third))
