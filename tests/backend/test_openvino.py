@@ -50,8 +50,12 @@ def lowered(problem: rainfusion.AttentionProblem, layout=None, policy=SOME, **se
     return lower(rainfusion.plan(problem, layout, policy, **settings), BACKEND, CPU, strict=True)
 
 
+def _memory(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return rng.standard_normal(shape).astype(numpy_dtype(dtype))
+
+
 def qkv(rng: np.random.Generator, *shape: int, dtype: str = "float32") -> tuple[np.ndarray, ...]:
-    return tuple(rng.standard_normal(shape).astype(numpy_dtype(dtype)) for _ in range(3))
+    return tuple(_memory(rng, shape, dtype) for _ in range(3))
 
 
 class TestEveryPlanIsCovered:
@@ -429,10 +433,6 @@ class TestTokenOrder:
         assert (rows == rows[:, :1] + np.arange(run)).all()
         assert (rows[:, 0] % run == 0).all()
         assert run % math.gcd(unit, axis.block) == 0
-
-
-def _memory(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return rng.standard_normal(shape).astype(numpy_dtype(dtype))
 
 
 # Arrays [B, H, tokens, D] on memory that is laid out in some way.

@@ -25,14 +25,14 @@ _F32 = ov.Type.f32
 
 def build_mask_chain(segment: Segment, plan: Plan, device: Device) -> Callable[..., tuple[np.ndarray, ...]]:
     """The kernel: from q, k (and v) to the mask and block means that ``segment.outputs`` names."""
-    means = [_Mean(operation, plan, device) for operation in segment.ops if operation.name == _MEANS]
+    means = [(made, _block_means(made, plan, device)) for made in segment.ops if made.name == _MEANS]
     selection = [operation for operation in segment.ops if operation.name != _MEANS]
     selected = _Selected(selection, plan, device) if selection else None
 
     def run(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         values = dict(zip(segment.inputs, arrays, strict=True))
-        for mean in means:
-            values[mean.result] = mean(values[mean.source])
+        for operation, mean in means:
+            values[operation.outs[0]] = mean(values[str(operation.args[0])])
         if selected:
             values[selected.result] = selected(values)
         return tuple(values[name] for name in segment.outputs)
@@ -40,14 +40,10 @@ def build_mask_chain(segment: Segment, plan: Plan, device: Device) -> Callable[.
     return run
 
 
-class _Mean(BlockMeans):
-    """A `block_mean` of a plan, and the names of what it reads and makes."""
-
-    def __init__(self, operation: Op, plan: Plan, device: Device) -> None:
-        source, order = operation.args
-        self.source, self.result = str(source), operation.outs[0]
-        axis = plan.q_axis if source == "%q" else plan.kv_axis
-        super().__init__(axis, plan.layout.order if order else None, device)
+def _block_means(operation: Op, plan: Plan, device: Device) -> BlockMeans:
+    source, order = operation.args
+    axis = plan.q_axis if source == "%q" else plan.kv_axis
+    return BlockMeans(axis, plan.layout.order if order else None, device)
 
 
 class _Selected:
