@@ -6,17 +6,24 @@ A backend subclasses `Backend` and is announced by a `BackendSpec`, which is all
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from rainfusion.core.ir import Op, Plan
+from rainfusion.core.ops import Op
+from rainfusion.core.plan import Plan
 from rainfusion.core.problem import DTYPES, TENSOR_LAYOUTS
 
 Array = Any
+AnyOp = TypeVar("AnyOp", bound=Op)
+Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+"""What a kernel builds: from the values a segment reads, by name, to those it makes that something else reads."""
+
+INTERFACE = 1
+"""The version of what `Backend` and `Kernel` promise; raised when a backend must change with it."""
 
 # How a backend that owns the tensors ranks among others that do, higher first (`Backend.preference`).
 ORACLE, PORTABLE, VENDOR, TUNED = 0, 10, 50, 100
@@ -34,6 +41,9 @@ class BackendSpec:
         isolate: probing it may end the interpreter, so `rainfusion devices` probes it in its own process.
         revision: of the backend's results. Raise it with a change after which they may differ; the hardware
             matrix then takes records made before for out of date.
+        arrays: whose arrays it can own, ``"library"`` or ``"library:device type"``, such as ``"torch:cuda"``; the
+            automatic choice imports it only for those. Empty: any.
+        api: the interface version that the backend was written for (`INTERFACE`).
     """
 
     name: str
@@ -42,6 +52,8 @@ class BackendSpec:
     install: str = ""
     isolate: bool = False
     revision: int = 1
+    arrays: tuple[str, ...] = ()
+    api: int = INTERFACE
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,6 @@ class Capabilities:
         lse: log-sum-exp on request.
         summary: ``omitted="summary"``.
         max_length: most tokens on a side; None for no limit.
-        architectures: chips it was verified on, as text; empty where that does not matter.
     """
 
     dtypes: frozenset[str] = frozenset(DTYPES)
@@ -91,7 +102,6 @@ class Capabilities:
     lse: bool = True
     summary: bool = True
     max_length: int | None = None
-    architectures: tuple[str, ...] = ()
 
     def objections(self, plan: Plan) -> list[str]:
         """Why this plan cannot run, one reason an entry; empty where it can."""
@@ -105,7 +115,7 @@ class Capabilities:
             (self.gqa or p.group == 1, f"grouped-query attention ({p.heads}/{p.kv_heads} heads)"),
             (self.cross or p.q_len == p.kv_len, f"q_len {p.q_len} other than kv_len {p.kv_len}"),
             (self.lse or "%lse" not in plan.returns, "returning the log-sum-exp"),
-            (self.summary or plan.is_dense or plan.omitted != "summary", "omitted='summary'"),
+            (self.summary or not plan.summarises, "omitted='summary'"),
             (self.max_length is None or longest <= self.max_length, f"{longest} tokens (at most {self.max_length})"),
         )
         return [f"no {what}" for holds, what in checks if not holds]
@@ -113,35 +123,51 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of operations that one kernel takes over, with the values that flow in and out of it."""
+    """A part of a plan that one kernel takes over.
+
+    Attributes:
+        ops: its operations, in program order.
+        inputs: the values it reads from outside; constants are among them.
+        outputs: the values it makes that something outside reads or that the plan returns.
+    """
 
     ops: tuple[Op, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
+    def wants(self, name: str | None) -> bool:
+        """Whether something outside reads a value that is made inside."""
+        return name in self.outputs
+
+    def find(self, kind: type[AnyOp]) -> AnyOp | None:
+        """The first operation of a type."""
+        return next((op for op in self.ops if type(op) is kind), None)
+
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a backend offers for a run of operations.
+    """What a backend offers for a part of a plan.
 
     Args:
-        covers: the operation names in order, such as ``("attend",)``.
-        build: called once a plan, ``build(segment, plan, device)``; returns a function from the arrays
-            named by ``segment.inputs`` to a tuple of those named by ``segment.outputs``. It raises
-            `LoweringError` with the reason where it cannot take this segment. An attribute ``how`` of that
-            function, a few words, is shown by ``print(executable)``.
+        understands: the operation types it computes exactly as they are defined, all attributes and operands
+            included. Lowering offers it the longest connected part of a plan that has no others.
+        build: called when a plan is lowered, ``build(segment, plan, device)``; returns a function from the values
+            that ``segment.inputs`` names to those that ``segment.outputs`` names, both by name, which may be called
+            from several threads. It raises `LoweringError` with the reason where it cannot take this segment, and is
+            then offered it without its last operation. An attribute ``how`` of that function, a few words, is shown
+            by ``print(executable)``.
     """
 
-    covers: tuple[str, ...]
-    build: Callable[[Segment, Plan, Device], Callable[..., tuple[Array, ...]]]
+    understands: frozenset[type[Op]]
+    build: Callable[[Segment, Plan, Device], Run]
 
 
 class Backend(ABC):
     """Base class of backends. Only `devices`, `device_of` and `capabilities` are required.
 
     Arrays inside a lowered plan are *native*: ``[batch, heads, tokens, channels]`` views in a library
-    that array-api-compat knows, so that operations without a kernel run by their semantics. `to_native`
-    and `from_native` convert at the door and never move data between devices.
+    that array-api-compat knows, so that operations without a kernel run by their definition. `to_native` and
+    `from_native` convert the array type only: they share memory where possible and never move data between devices.
     """
 
     name: ClassVar[str]
@@ -166,7 +192,7 @@ class Backend(ABC):
         return self.capabilities(device).objections(plan)
 
     def kernels(self, plan: Plan, device: Device) -> Sequence[Kernel]:
-        """Kernels for runs of operations; the longest that fits is taken, the semantics fill the rest."""
+        """Kernels for parts of a plan; the longest part is taken, definitions run the rest."""
         return ()
 
     def preference(self, plan: Plan, device: Device) -> int:
@@ -180,11 +206,7 @@ class Backend(ABC):
         """
         return None
 
-    def record(self, executable: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
-        """The result of a call that a framework records into a graph just now, instead of making it; else None."""
-        return None
-
-    def check_inputs(self, q: Array, k: Array, v: Array) -> None:
+    def check_inputs(self, *tensors: Array) -> None:
         """Refuse inputs for a reason that neither shape nor dtype shows, with a ProblemError."""
         return
 

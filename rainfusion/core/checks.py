@@ -13,13 +13,20 @@ LARGEST = 2**31 - 1
 
 
 def as_int(value: Any, name: str, error: type[Exception], minimum: int = 1) -> int:
-    """Return `value` as an int from `minimum` to LARGEST, or raise `error` naming the argument."""
+    """Return `value` as an int from `minimum` to LARGEST, or raise `error` naming the argument.
+
+    Under a tracer a size may be symbolic: index() would fix it to one number, so it is compared only, or, where it is
+    a torch.SymInt, taken as it is.
+    """
+    if type(value).__name__ == "SymInt" or (type(value) is int and minimum <= value <= LARGEST):
+        symbolic: int = value
+        return symbolic
     try:
         number = operator.index(value)
     except TypeError:
-        raise error(f"{name}={_shown(value)} is not an integer; give a whole number >= {minimum}") from None
+        raise error(f"{name}={shown(value)} is not an integer; give a whole number >= {minimum}") from None
     if isinstance(value, bool) or not minimum <= number <= LARGEST:
-        raise error(f"{name}={_shown(value)} is not allowed; give a whole number from {minimum} to {LARGEST}")
+        raise error(f"{name}={shown(value)} is not allowed; give a whole number from {minimum} to {LARGEST}")
     return number
 
 
@@ -30,16 +37,16 @@ def as_number(value: Any, name: str, error: type[Exception], allowed: str) -> fl
             number = float(value)
         except OverflowError:
             number = math.inf
-        if math.isfinite(number):
+        if abs(number) < math.inf:  # math.isfinite would fix a number that a tracer keeps symbolic
             return number
-    raise error(f"{name}={_shown(value)} is not a finite number; give {allowed}")
+    raise error(f"{name}={shown(value)} is not a finite number; give {allowed}")
 
 
 def one_of(value: Any, allowed: Iterable[Any], name: str, error: type[Exception]) -> None:
     """Raise `error` unless `value` is one of `allowed`."""
-    allowed = tuple(allowed)
-    if value not in allowed:
-        raise error(f"{name}={_shown(value)} is not known; choose one of {', '.join(map(repr, allowed))}")
+    allowed = tuple(allowed)  # membership by `in` would compare arrays, too, element by element
+    if not any(value is item or (isinstance(value, type(item)) and value == item) for item in allowed):
+        raise error(f"{name}={shown(value)} is not known; choose one of {', '.join(map(repr, allowed))}")
 
 
 def as_share(value: Any, name: str, error: type[Exception], *, top: bool) -> float:
@@ -47,11 +54,24 @@ def as_share(value: Any, name: str, error: type[Exception], *, top: bool) -> flo
     allowed = f"a number in [0, 1{']' if top else ')'}"
     share = as_number(value, name, error, allowed)
     if not (0.0 <= share < 1.0 or (top and share == 1.0)):
-        raise error(f"{name}={_shown(value)} is out of range; give {allowed}")
+        raise error(f"{name}={shown(value)} is out of range; give {allowed}")
     return share
 
 
-def _shown(value: Any) -> str:
-    """The value as Python writes it, cut where an error message would drown in it."""
-    text = repr(value)
+def as_sizes(value: Any, n: int, name: str, error: type[Exception]) -> tuple[int, ...]:
+    """Return `value` as a tuple of `n` ints from 1 to LARGEST, or raise `error` naming the argument."""
+    if not isinstance(value, tuple | list) or len(value) != n:
+        raise error(f"{name}={shown(value)} is not a tuple of {n} whole numbers")
+    return tuple(as_int(size, name, error) for size in value)
+
+
+def shown(value: Any) -> str:
+    """The value as Python writes it, on one line and cut to 80 characters, so that an error message stays readable.
+
+    A value that cannot be written (an integer too long for `repr`, nesting too deep) is shown by its type.
+    """
+    try:
+        text = " ".join(repr(value[:80] if isinstance(value, str | bytes) else value).splitlines())
+    except Exception:  # repr runs code of the value's class
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,252 +1,358 @@
-"""TokenLayout: how a clip's tokens are folded into blocks of neighbours in space and time.
+"""TokenLayout: how the tokens of a sequence are put into blocks of neighbours in space and time.
 
-Law 3 of the design: whole windows fill whole blocks. The grid is cut along each axis into a part that
-whole windows cover and a ragged rest; the eight boxes this makes are laid out one after the other, whole
-windows first, and the protected tokens (first frame, then text) come last. The result is one bijective
-index vector. Source: RainFusion2.0 (arXiv 2512.24086), section on the 3D token permutation.
+Whole windows fill whole blocks. Each grid is cut along each axis into a part that whole windows cover and a ragged
+rest. The block order holds the whole windows of every grid, then the remainders of every grid, then tokens without a
+grid, and the protected tokens last. It is one bijective index vector.
 """
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import product
-from math import lcm, prod
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
+from array_api_compat import device as device_of
 
-from rainfusion.core.checks import as_int, one_of
+from rainfusion.core.arrays import Array, namespace
+from rainfusion.core.axis import BlockedAxis, ProtectedRange
+from rainfusion.core.checks import LARGEST, as_sizes, one_of, shown
 from rainfusion.core.errors import LayoutError
+from rainfusion.core.parts import SINKS, Grid, Part, ProtectedRun, Sink, Text, Tokens, as_box, part_from_dict
+from rainfusion.core.windows import Sizes, compact_window, fold, times
 
-Grid = tuple[int, int, int]
+__all__ = [
+    "SINKS",
+    "TEXT_POSITIONS",
+    "BlockedAxis",
+    "Grid",
+    "Part",
+    "ProtectedRange",
+    "Text",
+    "TokenLayout",
+    "Tokens",
+    "compact_window",
+    "times",
+]
 
 TEXT_POSITIONS = ("start", "end")
-SINKS = ("first_frame", None)
 
-# A latent frame spans several pixel frames, so a step in time counts as more than a step in space when
-# windows are ranked by compactness; 8 gives the paper's public 2x8x8 for blocks of 128.
-_TIME_WEIGHT = 8
-
-# Windows are searched among the factorisations of their volume, which takes as long as the volume is large.
-_LARGEST_WINDOW = 2**20
+# Far above what models pack into a sequence; it bounds the work that a layout from a file can ask for.
+_MOST_PARTS = 1024
+_MOST_PARTS_SHOWN = 8
 
 
-class ProtectedRange(NamedTuple):
-    """Tokens that are always attended and always attend: positions [start, stop) of the token order."""
-
-    name: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class BlockedAxis:
-    """One side of the attention matrix, cut into blocks.
-
-    Attributes:
-        length: tokens on this side.
-        block: tokens a block; the last one may be shorter.
-        ordered: whether the tokens are walked through the layout's order.
-        protected_from: position of the first protected token (`length` where there is none).
-    """
-
-    length: int
-    block: int
-    ordered: bool
-    protected_from: int
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks, the ragged last one counted in."""
-        return -(-self.length // self.block)
-
-    @property
-    def free_blocks(self) -> int:
-        """Leading blocks that hold no protected token; the blocks after them are protected."""
-        return self.blocks if self.protected_from == self.length else self.protected_from // self.block
-
-    @property
-    def counts(self) -> np.ndarray:
-        """Tokens in each block, int64 ``[blocks]``."""
-        counts = np.full(self.blocks, self.block)
-        counts[-1] = self.length - (self.blocks - 1) * self.block
-        return counts
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TokenLayout:
     """The place of every token of one sequence, and the block order made from it.
 
+    Two layouts are equal if their parts and blocks are; the short form and the parts it stands for are the same.
+
     Args:
-        grid: (frames, height, width) in tokens; None for a sequence without one, whose tokens keep
-            their order and of which nothing is protected.
-        text: text tokens before or after the video tokens.
-        text_position: ``"start"`` or ``"end"``.
-        window: (t, h, w) tokens folded together; its volume is a multiple of both block sizes.
-            Default: the most compact window of one block that fits into the grid.
+        grid: short form: (frames, height, width) in tokens of a sequence with one grid.
+        text: short form: text tokens before or after the grid.
+        text_position: short form: ``"start"`` or ``"end"``.
+        window: (t, h, w) tokens folded together, for every grid without a window of its own; its volume is a
+            multiple of both block sizes. Default: the most compact window of one block that fits into the grid
+            without its sinks.
         block: tokens a block, or (query block, key block).
-        sink: ``"first_frame"`` keeps the first frame's blocks dense, as in the paper; None does not.
-            A single frame (an image) has no sink.
+        sink: short form: protected frames of the grid, see `Grid`.
+        parts: `Grid`, `Text` and `Tokens` in the order of the sequence, in place of the short form. Without grid
+            and parts, tokens keep their order and none is protected, whatever the length.
+
+    Attributes:
+        parts: the parts in the order of the sequence; every grid has its window, and sinks only where it has
+            frames for them.
+        block: (query block, key block).
 
     Raises:
-        LayoutError: a size below 1, a window that does not fill whole blocks, text without a grid.
+        LayoutError: sizes out of range, a window that does not fill whole blocks, both forms at once.
     """
 
-    grid: Grid | None = None
-    text: int = 0
-    text_position: str = "end"
-    window: Grid | None = None
-    block: tuple[int, int] = 128  # type: ignore[assignment]  # an int means both sides
-    sink: str | None = "first_frame"
+    parts: tuple[Part, ...]
+    block: tuple[int, int]
 
-    def __post_init__(self) -> None:
-        one_of(self.text_position, TEXT_POSITIONS, "text_position", LayoutError)
-        one_of(self.sink, SINKS, "sink", LayoutError)
-        block = self.block if isinstance(self.block, tuple | list) else (self.block, self.block)
-        object.__setattr__(self, "block", _sizes(block, 2, "block"))
-        object.__setattr__(self, "text", as_int(self.text, "text", LayoutError, minimum=0))
-        if self.grid is None:
-            self._refuse_without_grid()
-            return
-        object.__setattr__(self, "grid", _sizes(self.grid, 3, "grid"))
-        object.__setattr__(self, "window", self._checked_window())
+    def __init__(
+        self,
+        grid: Sizes | None = None,
+        text: int = 0,
+        text_position: str = "end",
+        window: Sizes | None = None,
+        block: int | tuple[int, int] = 128,
+        sink: Sink = "first_frame",
+        *,
+        parts: Sequence[Part] | None = None,
+    ) -> None:
+        one_of(text_position, TEXT_POSITIONS, "text_position", LayoutError)
+        if parts is None:
+            given = _short_form(grid, text, text_position, sink)
+        elif _is_default(grid, text, text_position, sink):
+            given = _checked_parts(parts)
+        else:
+            raise LayoutError("parts take the place of grid, text, text_position and sink; give one form or the other")
+        rows, columns = as_sizes(block if isinstance(block, tuple | list) else (block, block), 2, "block", LayoutError)
+        object.__setattr__(self, "parts", _settled(given, (rows, columns), _checked_window(window, given)))
+        object.__setattr__(self, "block", (rows, columns))
 
-    def _refuse_without_grid(self) -> None:
-        for name, given in (("text", self.text), ("window", self.window)):
-            if given:
-                raise LayoutError(
-                    f"{name}={given!r} needs a grid; give grid=(frames, height, width), or grid=(1, 1, n) for a row"
-                )
+    @cached_property
+    def _hashof_parts(self) -> int:
+        return hash((self.parts, self.block))
 
-    def _checked_window(self) -> Grid:
-        volume = lcm(*self.block)
-        if volume > _LARGEST_WINDOW:
-            raise LayoutError(
-                f"block={self.block} needs windows of {volume} tokens to fill whole blocks of both sides; "
-                f"choose sizes whose least common multiple is at most {_LARGEST_WINDOW}"
-            )
-        if self.window is None:
-            return compact_window(volume, self._windowed_grid)
-        window = _sizes(self.window, 3, "window")
-        if prod(window) % volume:
-            raise LayoutError(
-                f"window={window} holds {prod(window)} tokens, which do not fill whole blocks of {self.block}; "
-                f"choose t*h*w as a multiple of {volume}, such as {compact_window(volume, self._windowed_grid)}"
-            )
-        return window  # type: ignore[return-value]
+    def __hash__(self) -> int:
+        return self._hashof_parts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return of_parts, (self.parts, self.block)
+
+    # -- what there is -----------------------------------------------------------------------------
 
     @property
-    def _sink_frames(self) -> int:
-        assert self.grid is not None
-        return 1 if self.sink == "first_frame" and self.grid[0] > 1 else 0
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids, in the order of the sequence."""
+        return tuple(part for part in self.parts if isinstance(part, Grid))
 
     @property
-    def _windowed_grid(self) -> Grid:
-        assert self.grid is not None
-        frames, height, width = self.grid
-        return (frames - self._sink_frames, height, width)
+    def grid(self) -> Sizes | None:
+        """(frames, height, width) of the only grid; None where there is none, or several."""
+        return self.grids[0].sizes if len(self.grids) == 1 else None
 
     @property
+    def window(self) -> Sizes | None:
+        """The window of the only grid; None where there is none, or several."""
+        return self.grids[0].window if len(self.grids) == 1 else None
+
+    @property
+    def text(self) -> int:
+        """Number of text tokens."""
+        return sum(part.count for part in self.parts if isinstance(part, Text))
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first token of every part in the caller's sequence."""
+        return tuple(accumulate((part.count for part in self.parts[:-1]), initial=0)) if self.parts else ()
+
+    @cached_property
     def length(self) -> int | None:
-        """Tokens of the sequence, text counted in; None where there is no grid."""
-        return None if self.grid is None else prod(self.grid) + self.text
+        """Tokens of the sequence; None where there are no parts: any length."""
+        return sum(part.count for part in self.parts) if self.parts else None
+
+    # -- the block order ---------------------------------------------------------------------------
+
+    @cached_property
+    def is_ordered(self) -> bool:
+        """Whether the block order can differ from the order of the sequence: it has a grid, or text not at its end."""
+        is_text = [isinstance(part, Text) for part in self.parts]
+        return bool(self.grids) or is_text != sorted(is_text)
 
     @property
     def order(self) -> np.ndarray | None:
-        """Read-only int64 ``[length]``: position p of the block order holds the caller's token order[p]."""
-        return None if self.grid is None else _orders(self)[0]
+        """Read-only int64 ``[length]``: position p of the block order holds the caller's token order[p].
+
+        None where there are no parts. Made when first asked for; the last few layouts' orders are kept.
+        """
+        return _orders(self)[0] if self.parts else None
 
     @property
     def inverse(self) -> np.ndarray | None:
-        """Read-only int64 ``[length]``: the caller's token i stands at position inverse[i] of the block order."""
-        return None if self.grid is None else _orders(self)[1]
+        """Read-only int64 ``[length]``: the caller's token i stands at position inverse[i] of the block order.
 
-    @property
+        None where there are no parts.
+        """
+        return _orders(self)[1] if self.parts else None
+
+    @cached_property
     def protected(self) -> tuple[ProtectedRange, ...]:
-        """The protected ranges of the token order; together they are its end."""
-        if self.grid is None:
-            return ()
-        video, frame = prod(self.grid), self.grid[1] * self.grid[2] * self._sink_frames
-        ranges = (
-            ProtectedRange("first_frame", video - frame, video),
-            ProtectedRange("text", video, video + self.text),
+        """The protected ranges of the block order, without gaps; together they are its end.
+
+        Sinks that are protected as keys only come first, then other sinks, then text.
+        """
+        runs = self._named_runs
+        stops = accumulate((run.tokens for run in runs), initial=(self.length or 0) - sum(run.tokens for run in runs))
+        return tuple(
+            ProtectedRange(run.name, start, start + run.tokens, run.rank > 0)
+            for run, start in zip(runs, stops, strict=False)  # one stop more than runs: the end
         )
-        return tuple(r for r in ranges if r.start < r.stop)
+
+    @cached_property
+    def _named_runs(self) -> tuple[ProtectedRun, ...]:
+        """The protected tokens in block order; those of one name are told apart by their index in the sequence."""
+        placed = zip(self.parts, self.starts, strict=True)
+        runs = [run._replace(start=start + run.start) for part, start in placed for run in part.protected]
+        several = {name for name, n in Counter(run.name for run in runs).items() if n > 1}
+        seen: Counter[str] = Counter()
+        named = []
+        for run in runs:
+            named.append(run._replace(name=f"{run.name}_{seen[run.name]}") if run.name in several else run)
+            seen[run.name] += 1
+        return tuple(sorted(named, key=lambda run: run.rank))
 
     def axis(self, length: int, side: int) -> BlockedAxis:
         """The side (0 query, 1 key) of an attention matrix with `length` tokens.
 
-        A side whose length is not the layout's has no grid: its tokens keep their order.
+        A side whose length is not the layout's has no parts: its tokens keep their order and none is protected.
+        Sinks that are protected as keys only are protected on the key side alone.
         """
-        ordered = self.grid is not None and length == self.length
-        protected_from = self.protected[0].start if ordered and self.protected else length
-        return BlockedAxis(length, self.block[side], ordered, protected_from)
+        if length != self.length:
+            return BlockedAxis(length, self.block[side], False, length)
+        starts = [r.start for r in self.protected if r.rows or side == 1]
+        return BlockedAxis(length, self.block[side], self.is_ordered, starts[0] if starts else length)
+
+    def to_blocks(self, x: Array, axis: int = 2) -> Array:
+        """The tokens of an array in block order.
+
+        Args:
+            x: an array of any library that array-api-compat knows, such as NumPy or PyTorch.
+            axis: the axis of its tokens, of the layout's length.
+
+        Returns:
+            An array of the same kind, shape and dtype, on the same device; `x` itself where the order does not change.
+
+        Raises:
+            LayoutError: not an array, or an axis that it does not have or that has another length.
+        """
+        return self._taken(x, axis, inverse=False)
+
+    def from_blocks(self, x: Array, axis: int = 2) -> Array:
+        """The tokens of an array in the order of the sequence again: undoes `to_blocks`.
+
+        Args, returns and raises as `to_blocks`.
+        """
+        return self._taken(x, axis, inverse=True)
+
+    def _taken(self, x: Array, axis: int, *, inverse: bool) -> Array:
+        try:
+            xp = namespace(x)
+        except TypeError:
+            raise LayoutError(f"x={shown(x)} is not an array; give one of NumPy, PyTorch or a like library") from None
+        axis = self._checked_axis(x, axis)
+        if not self.is_ordered:
+            return x
+        index = self.inverse if inverse else self.order
+        assert index is not None
+        # A copy: some libraries warn about, or write through, memory that is read-only.
+        return xp.take(x, xp.asarray(index.copy(), device=device_of(x)), axis=axis)
+
+    def _checked_axis(self, x: Array, axis: Any) -> int:
+        try:
+            place = operator.index(axis)
+            length = x.shape[place]
+        except (TypeError, IndexError):
+            raise LayoutError(f"axis={shown(axis)} is not an axis of an array of shape {tuple(x.shape)}") from None
+        if self.length not in (None, length):
+            raise LayoutError(
+                f"axis {place} of an array of shape {tuple(x.shape)} has {length} tokens; the layout ({self}) has "
+                f"{self.length}: give the axis of its tokens"
+            )
+        return place
+
+    # -- text and JSON -----------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the parts, and the block sizes."""
+        return {"parts": [part.to_dict() for part in self.parts], "block": [*self.block]}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> TokenLayout:
+        """The layout that `to_dict` wrote.
+
+        Raises:
+            LayoutError: the record is not that of a layout, or its values describe none.
+        """
+        if not isinstance(record, dict) or {*record} != {"parts", "block"}:
+            raise LayoutError(f"{shown(record)} is not a layout; give {{'parts': [...], 'block': [q, k]}}")
+        parts = _bounded(record["parts"])
+        return cls(parts=tuple(part_from_dict(part) for part in parts), block=record["block"])
 
     def __str__(self) -> str:
-        if self.grid is None:
+        if not self.parts:
             return "no grid"
-        text = f" text={self.text}@{self.text_position}" if self.text else ""
-        return f"grid {times(self.grid)}{text}"
+        texts = [i for i, part in enumerate(self.parts) if isinstance(part, Text)]
+        if self.grid is not None and len(self.parts) - len(texts) == 1 and len(texts) <= 1:
+            text = f" text={self.text}@{'end' if texts[0] else 'start'}" if texts else ""
+            return f"grid {times(self.grid)}{text}"
+        shown_parts = [str(part) for part in self.parts[:_MOST_PARTS_SHOWN]]
+        more = len(self.parts) - len(shown_parts)
+        return " + ".join([*shown_parts, f"{more} more parts"] if more else shown_parts)
 
 
-def times(sizes: tuple[int, ...]) -> str:
-    """Sizes as people write them: ``21x45x80``."""
-    return "x".join(map(str, sizes))
+def of_parts(parts: tuple[Part, ...], block: tuple[int, int]) -> TokenLayout:
+    """The layout that was pickled: a function of its own, so that it can be named as safe to load."""
+    return TokenLayout(parts=parts, block=block)
 
 
-@lru_cache(maxsize=256)
-def compact_window(volume: int, grid: Grid) -> Grid:
-    """The most compact (t, h, w) with t*h*w = volume that fits into `grid`, or, where none fits, at all.
+def _is_default(grid: Any, text: Any, text_position: str, sink: Any) -> bool:
+    """Whether nothing of the short form is given."""
+    nothing = grid is None and isinstance(text, int) and text == 0
+    return nothing and text_position == "end" and isinstance(sink, str) and sink == "first_frame"
 
-    Compact means least ``8 t² + h² + w²``; the wider of two equals wins.
-    """
-    divisors = [n for n in range(1, volume + 1) if volume % n == 0]
-    windows = [(t, h, volume // (t * h)) for t, h in product(divisors, divisors) if volume % (t * h) == 0]
-    fitting = [w for w in windows if all(a <= b for a, b in zip(w, grid, strict=True))]
-    return min(fitting or windows, key=lambda w: (_TIME_WEIGHT * w[0] ** 2 + w[1] ** 2 + w[2] ** 2, w[1]))
+
+def _short_form(grid: Any, text: Any, text_position: str, sink: Any) -> tuple[Part, ...]:
+    """The parts that the short form stands for."""
+    words = Text(text)
+    if grid is None:
+        if words.count:
+            raise LayoutError(
+                f"text={words.count} needs a grid; give grid=(frames, height, width), or parts=(Text(...), ...)"
+            )
+        Grid(1, 1, 1, sink=sink)  # refuses a sink that is none
+        return ()
+    frames, height, width = as_box(grid, "grid")
+    video = Grid(frames, height, width, sink=sink)
+    return (words, video) if text_position == "start" else (video, words)
+
+
+def _bounded(parts: Any) -> Sequence[Any]:
+    if not isinstance(parts, tuple | list):
+        raise LayoutError(f"parts={shown(parts)} is not a tuple; give (Text(226), Grid(21, 45, 80)), for example")
+    if len(parts) > _MOST_PARTS:
+        raise LayoutError(f"a layout of {len(parts)} parts; give at most {_MOST_PARTS}")
+    return parts
+
+
+def _checked_parts(parts: Any) -> tuple[Part, ...]:
+    for part in _bounded(parts):
+        if not isinstance(part, Part):
+            raise LayoutError(f"{shown(part)} is not a part; give Grid(frames, height, width), Text(n) or Tokens(n)")
+    return tuple(parts)
+
+
+def _checked_window(window: Any, parts: Iterable[Part]) -> Sizes | None:
+    if window is not None and not any(isinstance(part, Grid) for part in parts):
+        raise LayoutError(
+            f"window={shown(window)} needs a grid; give grid=(frames, height, width), or grid=(1, 1, n) for a row"
+        )
+    return None if window is None else as_box(window, "window")
+
+
+def _settled(parts: Iterable[Part], block: tuple[int, int], window: Sizes | None) -> tuple[Part, ...]:
+    """The canonical parts: none of 0 tokens, and every grid with its window."""
+    settled = tuple(p.settled(block, window) if isinstance(p, Grid) else p for p in parts if p.count)
+    total = sum(part.count for part in settled)
+    if total > LARGEST:
+        raise LayoutError(f"the parts have {total} tokens together; give at most {LARGEST}")
+    return settled
 
 
 @lru_cache(maxsize=32)
 def _orders(layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
-    """The token order of a layout with a grid, and its inverse."""
-    assert layout.grid is not None
-    assert layout.window is not None
-    before = layout.text if layout.text_position == "start" else 0
-    video = np.arange(before, before + prod(layout.grid)).reshape(layout.grid)
-    text_start = 0 if before else prod(layout.grid)
-    sink, rest = np.split(video, [layout._sink_frames])
-    order = np.concatenate([*fold(rest, layout.window), sink.ravel(), np.arange(text_start, text_start + layout.text)])
+    """The block order of a layout with parts, and its inverse."""
+    windows, remainders, others = [], [], []
+    for part, start in zip(layout.parts, layout.starts, strict=True):
+        tokens = np.arange(start, start + part.count, dtype=np.int64)
+        if isinstance(part, Grid):
+            assert part.window is not None
+            whole, rest = fold(tokens.reshape(part.sizes)[slice(*part.free_frames)], part.window)
+            windows.append(whole)
+            remainders.append(rest)
+        elif isinstance(part, Tokens):
+            others.append(tokens)
+    protected = [np.arange(run.start, run.start + run.tokens) for run in layout._named_runs]
+    order = np.concatenate([*windows, *remainders, *others, *protected])
     inverse = np.empty_like(order)
     inverse[order] = np.arange(order.size)
     order.flags.writeable = inverse.flags.writeable = False
     return order, inverse
-
-
-def fold(tokens: np.ndarray, window: Grid) -> list[np.ndarray]:
-    """Lay out a [T, H, W] box of token indices: whole windows, then the H, W and T remainders.
-
-    Every axis is cut into the part that whole windows cover and the rest. In a remainder the window is
-    as thin as the rest of its axis, so each of the eight boxes is tiled exactly.
-    """
-    cuts = [(size - size % step, min(step, size)) for size, step in zip(tokens.shape, window, strict=True)]
-    boxes: list[np.ndarray] = []
-    for ragged_t, ragged_w, ragged_h in product((False, True), repeat=3):
-        ragged = (ragged_t, ragged_h, ragged_w)
-        box = tokens[tuple(slice(cut, None) if r else slice(cut) for r, (cut, _) in zip(ragged, cuts, strict=True))]
-        if box.size:
-            tile = tuple(n if r else w for r, n, w in zip(ragged, box.shape, window, strict=True))
-            boxes.append(_tile(box, tile))
-    return boxes
-
-
-def _tile(box: np.ndarray, tile: tuple[int, ...]) -> np.ndarray:
-    """Indices of a box, tile after tile, raster order within and between: (T t) (H h) (W w) -> (T H W t h w)."""
-    (big_t, t), (big_h, h), (big_w, w) = ((n // step, step) for n, step in zip(box.shape, tile, strict=True))
-    return box.reshape(big_t, t, big_h, h, big_w, w).transpose(0, 2, 4, 1, 3, 5).ravel()
-
-
-def _sizes(value: Any, n: int, name: str) -> tuple[int, ...]:
-    if not isinstance(value, tuple | list) or len(value) != n:
-        raise LayoutError(f"{name}={value!r} is not a tuple of {n} whole numbers")
-    return tuple(as_int(size, name, LayoutError) for size in value)

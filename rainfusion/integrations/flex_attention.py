@@ -8,15 +8,14 @@ A rainfusion mask lives in block order, so the tokens must stand in that order t
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask as FlexMask
 from torch.nn.attention.flex_attention import create_mask
 
+from rainfusion.core.arrays import moved
 from rainfusion.core.errors import MaskError
-from rainfusion.core.mask import BlockMask, to_numpy
+from rainfusion.core.mask import BlockMask
 
 # Token pairs of partial blocks looked at together: bounds the memory, whatever the mask.
 _PAIRS_AT_ONCE = 2**24
@@ -28,7 +27,7 @@ def to_flex(mask: BlockMask) -> FlexMask:
     Whole blocks are *full* (no mask function runs on them); kept blocks of a ragged last row or column are
     *partial*, as `create_block_mask` has them.
     """
-    blocks = mask.blocks if isinstance(mask.blocks, Tensor) else torch.from_numpy(to_numpy(mask.blocks).copy())
+    blocks = mask.blocks if isinstance(mask.blocks, Tensor) else moved(mask.blocks, torch.empty(0))
     q_block, kv_block = mask.block
     full = blocks.clone()
     if mask.q_len % q_block:
@@ -39,14 +38,19 @@ def to_flex(mask: BlockMask) -> FlexMask:
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return blocks[b, h, q // q_block, kv // kv_block]
 
-    columns = blocks.shape[-1]
+    partial_lists, full_lists = (_index_lists(mask, grid) for grid in (blocks & ~full, full))
     return FlexMask.from_kv_blocks(
-        *replace(mask, blocks=blocks & ~full).to_kv_indices(width=columns),
-        *replace(mask, blocks=full).to_kv_indices(width=columns),
+        *partial_lists,
+        *full_lists,
         BLOCK_SIZE=mask.block,
         mask_mod=mask_mod,
         seq_lengths=(mask.q_len, mask.kv_len),
     )
+
+
+def _index_lists(mask: BlockMask, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and as many slots as there are key blocks, for which the host need not wait for the device."""
+    return BlockMask(grid, mask.q_len, mask.kv_len, mask.block).to_kv_indices(width=grid.shape[-1])
 
 
 def from_flex(
@@ -60,34 +64,19 @@ def from_flex(
         batch, heads: what a flex mask made for one batch or head is repeated to; default: as it stands.
 
     Raises:
-        MaskError: a block that is attended in part, a row that keeps nothing, an index out of range, or
-            lengths, batch or heads of another mask.
+        MaskError: a block that is attended in part, an index out of range, or lengths, batch or heads of
+            another mask.
     """
-    q_block, kv_block = (int(size) for size in flex.BLOCK_SIZE)
-    rows, columns = -(-q_len // q_block), -(-kv_len // kv_block)
-    if flex.kv_num_blocks.ndim != 3 or flex.kv_num_blocks.shape[2] != rows:
-        raise MaskError(
-            f"the flex mask counts blocks of {tuple(flex.kv_num_blocks.shape)}; {q_len} tokens in blocks of "
-            f"{q_block} need (batch, heads, {rows})"
-        )
-    kept = _grid(flex.kv_num_blocks, flex.kv_indices, columns)
-    kept &= _whole(flex, kept, (q_len, kv_len))
+    block = (int(flex.BLOCK_SIZE[0]), int(flex.BLOCK_SIZE[1]))
+    kept = BlockMask.from_kv_indices(flex.kv_num_blocks, flex.kv_indices, q_len, kv_len, block).blocks
+    kept = _whole(flex, kept, (q_len, kv_len))
     if flex.full_kv_num_blocks is not None and flex.full_kv_indices is not None:
-        kept |= _grid(flex.full_kv_num_blocks, flex.full_kv_indices, columns)
-    shape = (batch or kept.shape[0], heads or kept.shape[1], rows, columns)
+        full = BlockMask.from_kv_indices(flex.full_kv_num_blocks, flex.full_kv_indices, q_len, kv_len, block)
+        kept |= full.blocks
+    shape = (batch or kept.shape[0], heads or kept.shape[1], *kept.shape[2:])
     if any(have not in (1, want) for have, want in zip(kept.shape, shape, strict=True)):
         raise MaskError(f"a flex mask of batch {kept.shape[0]} and {kept.shape[1]} heads cannot be repeated to {shape}")
-    return BlockMask.from_bool(kept.expand(shape).contiguous(), q_len, kv_len, (q_block, kv_block))
-
-
-def _grid(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """Index lists as a boolean grid; rows may be empty here, because two lists make up one mask."""
-    used = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    if bool((used & ((indices < 0) | (indices >= columns))).any()):
-        raise MaskError(f"the flex mask names a key block outside [0, {columns})")
-    slots = torch.where(used, indices.long(), columns)
-    grid = torch.zeros((*counts.shape, columns + 1), dtype=torch.bool, device=counts.device)
-    return grid.scatter_(-1, slots, True)[..., :columns]
+    return BlockMask(kept.expand(shape).contiguous(), q_len, kv_len, block)
 
 
 def _whole(flex: FlexMask, partial: Tensor, lengths: tuple[int, int]) -> Tensor:

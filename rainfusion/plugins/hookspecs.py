@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pluggy
 
 from rainfusion.core.backend import BackendSpec
-from rainfusion.core.ir import Plan
-from rainfusion.core.select import Candidate
+from rainfusion.core.choice import Candidate
+from rainfusion.core.plan import Plan
 
 if TYPE_CHECKING:
     from rainfusion.plugins.conformance.cases import Case
@@ -23,8 +23,11 @@ def rainfusion_backends() -> Iterable[BackendSpec]:  # type: ignore[empty-body]
 
 
 @hookspec(firstresult=True)
-def rainfusion_select(plan: Plan, candidates: Sequence[Candidate]) -> Candidate | None:
-    """Override the automatic choice: return one of `candidates` (best first), or None to abstain."""
+def rainfusion_choose_backend(plan: Plan, candidates: Sequence[Candidate]) -> Candidate | None:
+    """Override the automatic choice: return one of `candidates` (best first), or None to abstain.
+
+    Asked once for a plan and a kind of tensors; the answer is kept with the executable.
+    """
 
 
 @hookspec

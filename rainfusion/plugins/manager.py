@@ -1,25 +1,23 @@
 """PluginHost: finds plugins, keeps what they announce, loads a backend when it is used.
 
-Nothing a plugin does wrong reaches the others: each is loaded, asked and probed in its own try, and what
-failed stands in the report of `rainfusion devices` with its reason.
+A plugin that fails does not affect the others: each is loaded, asked and probed in a try of its own, and the reason
+is listed by `rainfusion devices`.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
 from threading import RLock
 from typing import Any, cast
 
 import pluggy
 
 from rainfusion.core.backend import Backend, BackendSpec
+from rainfusion.core.choice import Candidate, Refusal
 from rainfusion.core.errors import (
     BackendError,
     BackendUnavailableError,
@@ -28,15 +26,13 @@ from rainfusion.core.errors import (
     UnknownBackendError,
     warn_caller,
 )
-from rainfusion.core.ir import Plan
-from rainfusion.core.select import Candidate, Refusal
+from rainfusion.core.plan import Plan
 from rainfusion.plugins import hookspecs
+from rainfusion.plugins.loading import FAILURES, array_kind, checked_spec, load, owns, said
 
 GROUP = "rainfusion"
 BUILTIN = "builtin"
-# What counts as "it failed": a driver stack that calls sys.exit must not take the program along.
-FAILURES = (Exception, SystemExit)
-REFERENCE = BackendSpec("reference", "rainfusion.backends.reference.backend:ReferenceBackend")
+REFERENCE = BackendSpec("reference", "rainfusion.backends.reference:ReferenceBackend", arrays=("numpy", "torch:cpu"))
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,10 @@ class PluginHost:
         try:
             plugin = entry.load()
             self.manager.register(plugin, name=origin)
-            self.manager.check_pending()  # a misspelt hook is an error, not a plugin that does nothing
+            self.manager.check_pending()  # refuses a misspelt hook
             specs = [checked_spec(spec) for spec in self._specs_of(plugin)]
-        except FAILURES as error:  # a plugin may fail in any way; it must not take the others along
-            self.failures.append(Refusal(entry.name, "load", f"plugin {origin}: {_said(error)}"))
+        except FAILURES as error:
+            self.failures.append(Refusal(entry.name, "load", f"plugin {origin}: {said(error)}"))
             if self.manager.has_plugin(origin):
                 self.manager.unregister(name=origin)
             return
@@ -133,10 +129,10 @@ class PluginHost:
         return tuple(self._announced)
 
     def announced(self, name: str) -> Announced:
-        """Who announced a backend.
+        """The spec of a backend, and the plugin that announced it.
 
         Raises:
-            UnknownBackendError: nobody did.
+            UnknownBackendError: no plugin did.
             DuplicateBackendError: more than one did.
         """
         claims = self._announced.get(name, []) if isinstance(name, str) else []
@@ -162,10 +158,19 @@ class PluginHost:
             self._loaded[name] = load(self.announced(name).spec)
         return self._loaded[name]
 
-    def backends(self) -> tuple[list[Backend], list[Refusal]]:
-        """Every backend that loads here, and why the others do not."""
+    def backends(self, like: Any = None) -> tuple[list[Backend], list[Refusal]]:
+        """Every backend that loads here, and why the others do not.
+
+        Args:
+            like: only load those that can own this array.
+        """
         loaded, refusals = [], list(self.failures)
+        kind = None if like is None else array_kind(like)
         for name in self.names:
+            arrays = self._announced[name][0].spec.arrays
+            if kind is not None and not owns(arrays, kind):
+                refusals.append(Refusal(name, "reject", f"owns {', '.join(arrays)} arrays; this is {kind}"))
+                continue
             try:
                 loaded.append(self.backend(name))
             except BackendUnavailableError as error:
@@ -175,92 +180,37 @@ class PluginHost:
         return loaded, refusals
 
     def override(self, plan: Plan, candidates: Sequence[Candidate]) -> Candidate | None:
-        """The first choice a plugin's `rainfusion_select` makes; one that fails is reported and passed over."""
+        """The first choice that a plugin's `rainfusion_choose_backend` makes; a hook that fails is warned of."""
         given = {"plan": plan, "candidates": candidates}
-        hooks = self.manager.hook.rainfusion_select.get_hookimpls()
-        for hook in reversed(hooks):  # in pluggy's order; its own call would end at the first that raises
+        hooks = self.manager.hook.rainfusion_choose_backend.get_hookimpls()
+        for hook in reversed(hooks):  # in pluggy's order; a call through pluggy would end at the first that raises
             try:
                 chosen = cast(Any, hook.function)(*(given[name] for name in hook.argnames))
             except FAILURES as error:
-                warn_caller(f"rainfusion_select of {hook.plugin_name} failed: {_said(error)}", RainfusionWarning)
+                warn_caller(f"rainfusion_choose_backend of {hook.plugin_name} failed: {said(error)}", RainfusionWarning)
                 continue
             if isinstance(chosen, Candidate) and chosen in candidates:
                 return chosen
             if chosen is not None:
                 warn_caller(
-                    f"rainfusion_select of {hook.plugin_name} gave {chosen!r}, which is no candidate", RainfusionWarning
+                    f"rainfusion_choose_backend of {hook.plugin_name} gave {chosen!r}, which is no candidate",
+                    RainfusionWarning,
                 )
         return None
 
 
-_making = RLock()
+_creating = RLock()
 
 
 def host() -> PluginHost:
-    """The host of this process, one however many threads ask first."""
-    with _making:
+    """The host of this process; threads that ask at once get the same one."""
+    with _creating:
         return _host()
 
 
 @cache
 def _host() -> PluginHost:
     return PluginHost()
-
-
-_broken: dict[str, str] = {}  # packages whose import failed half-way, and what it said
-
-
-def load(spec: BackendSpec) -> Backend:
-    """Import a spec's target and make the backend.
-
-    Raises:
-        BackendUnavailableError: naming what is missing or what failed.
-    """
-    environ = dict(os.environ)
-    try:
-        broken = next((name for name in spec.requires if _is_half_imported(name)), None)
-        if broken:
-            said = _broken.get(broken, "its import failed in this process before")
-            raise BackendUnavailableError(f"backend {spec.name!r} needs {broken}: {said}", spec.install)
-        missing = [name for name in spec.requires if find_spec(name) is None]
-        if missing:
-            reason = f"backend {spec.name!r} needs {', '.join(missing)}, not installed"
-            raise BackendUnavailableError(reason, spec.install)
-        module, _, attribute = spec.target.partition(":")
-        made = getattr(import_module(module), attribute)()
-    except BackendUnavailableError:
-        raise
-    except FAILURES as error:  # importing a vendor's stack fails in every way there is
-        _restore(environ)
-        _broken.update({name: _said(error) for name in spec.requires if _is_half_imported(name)})
-        raise BackendUnavailableError(f"backend {spec.name!r} does not load: {_said(error)}", spec.install) from error
-    if not isinstance(made, Backend) or getattr(made, "name", None) != spec.name:
-        raise BackendUnavailableError(f"{spec.target} is not a Backend with name {spec.name!r}")
-    return made
-
-
-def _is_half_imported(package: str) -> bool:
-    """Whether an import of `package` failed and left modules behind; to import it again may end the interpreter."""
-    return package not in sys.modules and any(name.startswith(f"{package}.") for name in [*sys.modules])
-
-
-def _restore(environ: Mapping[str, str]) -> None:
-    """Take back what a failed import has done to the environment, which child processes inherit."""
-    for key in {*os.environ} - {*environ}:
-        del os.environ[key]
-    os.environ.update({key: value for key, value in environ.items() if os.environ.get(key) != value})
-
-
-def checked_spec(spec: Any) -> BackendSpec:
-    """The spec itself, if it is well formed; BackendError otherwise."""
-    if not isinstance(spec, BackendSpec):
-        raise BackendError(f"rainfusion_backends yields {spec!r}; give BackendSpec(name, 'package.module:Class')")
-    module, colon, attribute = spec.target.partition(":")
-    if not spec.name or not module or not colon or not attribute:
-        raise BackendError(f"{spec!r} is incomplete; give a name and a target 'package.module:Class'")
-    if not isinstance(spec.revision, int):
-        raise BackendError(f"backend {spec.name!r} has revision {spec.revision!r}; give a whole number")
-    return spec
 
 
 def _names(text: str) -> frozenset[str]:
@@ -273,8 +223,3 @@ def _distribution(entry: EntryPoint) -> str:
 
 def _builtin_first(entry: EntryPoint) -> tuple[bool, str]:
     return (_distribution(entry) != "rainfusion", entry.name)
-
-
-def _said(error: BaseException) -> str:
-    first_line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first_line}"

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from rainfusion.core.errors import BackendError, BackendUnavailableError
-from rainfusion.plugins.manager import FAILURES, PluginHost, host
+from rainfusion.plugins.loading import FAILURES
+from rainfusion.plugins.manager import PluginHost, host
 
 READY, UNAVAILABLE = "ready", "unavailable"
 _SECONDS = 120
@@ -77,7 +78,7 @@ def probe(plugins: PluginHost, name: str) -> list[DeviceStatus]:
     except BackendUnavailableError as error:
         how = error.install or install
         return [DeviceStatus(name, UNAVAILABLE, stage="probe", reason=error.reason, install=how)]
-    except FAILURES as error:  # a vendor's probe fails in every way there is
+    except FAILURES as error:
         reason = f"{type(error).__name__}: {error}"
         return [DeviceStatus(name, UNAVAILABLE, stage="probe", reason=reason, install=install)]
     nothing = DeviceStatus(name, UNAVAILABLE, stage="probe", reason="no device of this kind here", install=install)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rainfusion.core.backend import Backend, Device
 from rainfusion.core.errors import NoBackendError
-from rainfusion.core.ir import Plan
+from rainfusion.core.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def choose(
 
     Args:
         asked: how the backend was named explicitly (for the explanation), or None for automatic choice.
-        override: the plugins' say (`rainfusion_select`); only asked when the choice is automatic.
+        override: what plugins decide (`rainfusion_choose_backend`); only asked when the choice is automatic.
 
     Raises:
         NoBackendError: there is no candidate; the message lists every refusal.
@@ -84,7 +84,7 @@ def choose(
         return Choice(able[0], f"{able[0]}: asked for by {asked}{_estimate(able[0])}", tuple(refusals))
     overridden = override(plan, able)
     if overridden is not None:
-        why = f"{overridden}: chosen by a plugin's rainfusion_select{_estimate(overridden)}"
+        why = f"{overridden}: chosen by a plugin's rainfusion_choose_backend{_estimate(overridden)}"
         return Choice(overridden, why, tuple(refusals))
     others = ", ".join(f"{c} ({c.preference})" for c in able[1:])
     why = f"highest preference ({able[0].preference}), before {others}" if others else "the only one that can"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rainfusion.backends.reference.backend import ReferenceBackend
+from rainfusion.backends.reference import ReferenceBackend
 
 
 class CountingBackend(ReferenceBackend):

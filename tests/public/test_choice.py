@@ -15,7 +15,6 @@ from counting_backend import CountingBackend
 
 import rainfusion
 from rainfusion import AttentionProblem, BackendSpec, TokenLayout, TopK
-from rainfusion.api import ENVIRONMENT
 from rainfusion.core.errors import (
     BackendUnavailableError,
     DuplicateBackendError,
@@ -23,6 +22,7 @@ from rainfusion.core.errors import (
     NoBackendError,
     UnknownBackendError,
 )
+from rainfusion.dispatch import ENVIRONMENT
 
 CLIP = {"grid": (8, 8, 8), "block": 32, "sparsity": 0.5, "sink": None}
 DENSE = rainfusion.plan(AttentionProblem(1, 2, 512, 512, 16), policy=TopK(0))
@@ -191,15 +191,15 @@ def test_names_are_announced_once_and_taken_back_by_who_announced_them(counting)
 
 def test_lower_takes_a_device_by_its_address():
     run = rainfusion.lower(DENSE, backend="reference", device="cpu")
-    assert str(run) == "reference on cpu\n  semantics  attend"
+    assert str(run) == "reference on cpu\n  definition attend"
     with pytest.raises(NoBackendError, match="has no device cuda:7"):
         rainfusion.lower(DENSE, device="cuda:7")
 
 
 def test_strict_forbids_gaps_and_names_them():
-    made = rainfusion.plan(AttentionProblem(1, 2, 512, 512, 16), TokenLayout((8, 8, 8), block=32), TopK(0.5))
+    planned = rainfusion.plan(AttentionProblem(1, 2, 512, 512, 16), TokenLayout((8, 8, 8), block=32), TopK(0.5))
     with pytest.raises(LoweringError, match=r"reference on cpu has no kernel for `%qb = block_mean .*strict=False"):
-        rainfusion.lower(made, backend="reference", strict=True)
+        rainfusion.lower(planned, backend="reference", strict=True)
 
 
 def test_importing_rainfusion_loads_no_vendors_library():

@@ -1,0 +1,245 @@
+"""Dispatch: who runs a plan. Choosing a backend, registering one, lowering, and the one cache of executables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any, Generic, TypeVar
+
+from rainfusion.core import choice as choosing
+from rainfusion.core import executable as executables
+from rainfusion.core import lowering
+from rainfusion.core.backend import Backend, BackendSpec, Device
+from rainfusion.core.choice import Choice
+from rainfusion.core.errors import (
+    BackendUnavailableError,
+    ProblemError,
+    RainfusionWarning,
+    SparsityWarning,
+    SpeedWarning,
+    warn_caller,
+)
+from rainfusion.core.executable import Executable
+from rainfusion.core.plan import Plan
+from rainfusion.plugins.manager import host
+
+Array = Any
+Value = TypeVar("Value")
+ENVIRONMENT = "RAINFUSION_BACKEND"
+_in_use: ContextVar[str | None] = ContextVar("rainfusion_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An executable, and what its callers are to be warned of."""
+
+    executable: Executable
+    notes: tuple[tuple[str, type[RainfusionWarning]], ...]
+
+    def warn(self) -> None:
+        """Say what there is to say, at every call; Python's warning filters decide what is shown."""
+        for message, category in self.notes:
+            warn_caller(message, category)
+
+
+class LruDict(OrderedDict[Any, Value], Generic[Value]):
+    """A dictionary that forgets what was used least recently, beyond a number of entries; thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit, self._lock = limit, RLock()
+
+    def find(self, key: Any) -> Value | None:
+        """The value, or None; it then counts as used."""
+        with self._lock:
+            value = self.get(key)
+            if value is not None:
+                self.move_to_end(key)
+            return value
+
+    def keep(self, key: Any, value: Value) -> Value:
+        """Keep a value; returns the one that is kept, another thread's if it was first."""
+        with self._lock:
+            value = self.setdefault(key, value)
+            while len(self) > self._limit:
+                self.popitem(last=False)
+            return value
+
+
+class ExecutableCache:
+    """Every executable that rainfusion keeps: by plan and device, and by the calls that led to it.
+
+    Args:
+        limit: executables, and calls, that are kept.
+    """
+
+    def __init__(self, limit: int = 128) -> None:
+        self._plans: LruDict[Executable] = LruDict(limit)
+        self._choices: LruDict[Choice] = LruDict(limit)
+        self._calls: LruDict[Prepared] = LruDict(2 * limit)
+
+    def executable(self, plan: Plan, backend: Backend, device: Device, *, strict: bool = False) -> Executable:
+        """The plan lowered for a device, lowered now if it is not there."""
+        key = (plan, backend, str(device), strict)
+        found = self._plans.find(key)
+        if found is None:
+            lowered = lowering.lower(plan, backend, device, strict=strict, restore=restore)
+            found = self._plans.keep(key, lowered)
+        return found
+
+    def choice(self, plan: Plan, asked_for: Any, like: Array) -> Choice:
+        """The backend for a plan where an array lives, chosen now if it was not."""
+        key = (plan, asked_for, type(like), str(getattr(like, "device", None)))
+        return self._choices.find(key) or self._choices.keep(key, _choose(plan, asked_for, like=like))
+
+    def call(self, key: Any) -> Prepared | None:
+        """What was prepared for an equal call."""
+        return None if key is None else self._calls.find(key)
+
+    def remember(self, key: Any, prepared: Prepared) -> None:
+        """Keep what was prepared for a call."""
+        if key is not None:
+            self._calls.keep(key, prepared)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        for kept in (self._plans, self._choices, self._calls):
+            kept.clear()
+
+
+cache = ExecutableCache()
+"""The cache of this process; `cache.clear()` lets go of executables, their constants and their graphs."""
+
+
+def prepare(plan: Plan, notes: tuple[str, ...], *, like: Array, backend: str | None) -> Prepared:
+    """Choose a backend where `like` lives, lower the plan, and note what callers are to be warned of."""
+    candidate = cache.choice(plan, asked(backend), like).candidate
+    lowered = cache.executable(plan, candidate.backend, candidate.device)
+    warnings: list[tuple[str, type[RainfusionWarning]]] = [(note, SparsityWarning) for note in notes]
+    if candidate.speedup is not None and candidate.speedup < 1:
+        warnings.append(
+            (
+                f"skipping blocks does not pay here: {candidate} is estimated to take {1 / candidate.speedup:.1f} "
+                f"times as long as dense attention over {plan.problem.q_len} x {plan.problem.kv_len} tokens; give "
+                "sparsity=0 for that",
+                SpeedWarning,
+            )
+        )
+    return Prepared(lowered, tuple(warnings))
+
+
+def lower(
+    plan: Plan, *, like: Array = None, device: object = None, backend: str | None = None, strict: bool = False
+) -> Executable:
+    """Lower a plan, to be called as ``run(q, k, v)`` many times.
+
+    Args:
+        like: an array; the plan is lowered for the device where it lives.
+        device: address such as ``"cuda:0"`` or ``"cpu"``, as `devices` lists them, or what prints as one: a
+            `Device`, a `torch.device`; default: the best.
+        backend: its name; default as in `attention`.
+        strict: forbid operations that no kernel of the backend takes.
+
+    Raises:
+        BackendError: no backend for this plan and device, or, under `strict`, a gap.
+    """
+    taken = choose(plan, like=like, device=device, backend=backend).candidate
+    return cache.executable(plan, taken.backend, taken.device, strict=strict)
+
+
+def restore(plan: Plan, backend: str, device: str) -> Executable:
+    """The plan lowered for a device of that address, as a pickled executable or a saved graph names it.
+
+    Raises:
+        BackendError: the backend is not there, or finds no such device.
+    """
+    loaded = host().backend(backend)
+    for found in loaded.devices():
+        if str(found) == device:
+            return cache.executable(plan, loaded, found)
+    raise BackendUnavailableError(f"backend {backend!r} does not find {device} here")
+
+
+def choose(plan: Plan, *, like: Array = None, device: object = None, backend: str | None = None) -> Choice:
+    """Which backend would run `plan` where the array `like` lives (or on `device`), why, and which are out.
+
+    Raises:
+        ProblemError: `like` and `device` together.
+        BackendError: none would.
+    """
+    if like is not None and device is not None:
+        raise ProblemError("like and device both say where; give one of them")
+    return _choose(plan, asked(backend), like=like, device=device)
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run everything inside the ``with`` block on one backend; nests, and is local to thread and task.
+
+    Raises:
+        UnknownBackendError: no plugin announced that name.
+    """
+    host().announced(backend)
+    token = _in_use.set(backend)
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
+
+
+def register(spec: BackendSpec) -> None:
+    """Announce a backend in this process; packages announce theirs by entry point instead.
+
+    Raises:
+        DuplicateBackendError: the name is taken.
+    """
+    host().register(spec)
+    cache.clear()
+
+
+def unregister(name: str) -> None:
+    """Take back a backend announced by `register`.
+
+    Raises:
+        UnknownBackendError: it was not.
+    """
+    host().unregister(name)
+    cache.clear()
+
+
+def asked(backend: str | None) -> tuple[str, str] | None:
+    """The backend asked for, and by what: the argument, `use`, the environment; None leaves the choice open."""
+    if backend is not None:
+        return host().announced(backend).spec.name, f"backend={backend!r}"
+    within = _in_use.get()
+    if within:
+        return within, f"rainfusion.use({within!r})"
+    environment = os.environ.get(ENVIRONMENT)
+    return (environment, f"{ENVIRONMENT}={environment}") if environment else None
+
+
+def _choose(plan: Plan, asked_for: tuple[str, str] | None, *, like: Array = None, device: object = None) -> Choice:
+    name, words = asked_for or (None, None)
+    loaded, missing = ([host().backend(name)], []) if name else host().backends(like)
+    address = None if device is None else str(device)
+    able, rejected = choosing.candidates(plan, loaded, array=like, device=address)
+    return choosing.choose(plan, able, [*missing, *rejected], words, host().override)
+
+
+def _torch_tracer() -> executables.Tracer | None:
+    torch = sys.modules["torch"]
+    if not torch.compiler.is_compiling():
+        return None
+    from rainfusion import compile as graph
+
+    tracer: executables.Tracer = graph.record
+    return tracer
+
+
+executables.tracers.append(_torch_tracer)

@@ -1,0 +1,302 @@
+"""Attention in one call, and the pieces of it: selection, block means, and joining two attentions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace
+
+from rainfusion import dispatch
+from rainfusion.core import ops
+from rainfusion.core.arrays import array_facts
+from rainfusion.core.errors import ProblemError
+from rainfusion.core.executable import swap_if_bshd
+from rainfusion.core.layout import TokenLayout
+from rainfusion.core.mask import BlockMask
+from rainfusion.core.ops.means import compute_dtype
+from rainfusion.core.plan import Plan
+from rainfusion.core.planner import plan_with_notes
+from rainfusion.core.policies import Fixed, Policy, TopK
+from rainfusion.core.problem import TENSOR_LAYOUTS, AttentionProblem
+
+Array = Any
+
+
+class Settings(NamedTuple):
+    """What a call says beside its tensors: the arguments of `attention` by the same names."""
+
+    grid: tuple[int, int, int] | None = None
+    text: int = 0
+    text_position: str = "end"
+    parts: tuple[Any, ...] | None = None
+    sparsity: float | tuple[float, ...] | None = None
+    policy: Policy | None = None
+    block: int | tuple[int, int] = 128
+    window: tuple[int, int, int] | None = None
+    sink: str | tuple[str, ...] | None = "first_frame"
+    omitted: str = "drop"
+    order: str = "window"
+    tensor_layout: str = "bhsd"
+    scale: float | None = None
+
+    def layout(self) -> TokenLayout:
+        """The token layout that the settings describe."""
+        return TokenLayout(
+            self.grid, self.text, self.text_position, self.window, self.block, self.sink, parts=self.parts
+        )
+
+    def chosen_policy(self, given: Mapping[str, Any]) -> Policy:
+        """The one policy that the settings and the operands given at call time name.
+
+        Raises:
+            ProblemError: two of them say what to attend.
+        """
+        says = {"sparsity": self.sparsity, "policy": self.policy, "mask": given["mask"], "quotas": given["quotas"]}
+        named = [name for name, value in says.items() if value is not None]
+        if "mask" in named and getattr(self.policy, "reads_mask", False):
+            named.remove("policy")
+        if "quotas" in named and self.policy is not None:
+            named.remove("quotas")  # they replace the policy's own
+        if len(named) > 1:
+            raise ProblemError(f"{' and '.join(named)} both say what to attend; give one of them")
+        if given["mask"] is not None:
+            return Fixed()
+        if self.policy is not None:
+            return self.policy
+        return TopK() if self.sparsity is None else TopK(self.sparsity)
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    grid: tuple[int, int, int] | None = None,
+    text: int = 0,
+    text_position: str = "end",
+    parts: Iterable[Any] | None = None,
+    sparsity: float | tuple[float, ...] | None = None,
+    policy: Policy | None = None,
+    block: int | tuple[int, int] = 128,
+    window: tuple[int, int, int] | None = None,
+    sink: str | tuple[str, ...] | None = "first_frame",
+    omitted: str = "drop",
+    order: str = "window",
+    tensor_layout: str = "bhsd",
+    scale: float | None = None,
+    mask: BlockMask | None = None,
+    quotas: Array = None,
+    kv_lengths: Array = None,
+    return_lse: bool = False,
+    return_mask: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Block-sparse attention, `softmax(q kᵀ · scale) v` over the blocks that matter (arXiv 2512.24086).
+
+    Args:
+        q: ``[batch, heads, q_len, head_dim]``, or ``[batch, q_len, heads, head_dim]`` for `bshd`.
+        k, v: the same with their own head count (which divides that of q) and length.
+        grid: (frames, height, width) of the video tokens; None for a sequence without one.
+        text: text tokens in the same sequence, before (``text_position="start"``) or after the video.
+        parts: the sequence as `Grid`, `Text` and `Tokens` parts, instead of grid and text.
+        sparsity: share of block pairs to skip, in [0, 1), or one share a head; default 0.8; 0 is dense attention.
+        policy: `TopK`, `TopP`, `Hybrid`, `Fixed` or one of your own, instead of `sparsity`.
+        block: tokens a block, or (query, key).
+        window: (t, h, w) tokens folded into blocks; default: the most compact that fills one.
+        sink: ``"first_frame"`` keeps the first frame's rows and columns dense, ``"first_frame_keys"`` its columns
+            only; ``"last_frame"`` and ``"last_frame_keys"`` likewise; a tuple of them; None for none.
+        omitted: ``"drop"``, or ``"summary"``: skipped blocks still count through their means.
+        order: ``"window"``, or ``"given"`` where tokens already stand in block order (`TokenLayout.to_blocks`).
+        tensor_layout: ``"bhsd"`` or ``"bshd"``.
+        scale: factor on the logits; default ``head_dim ** -0.5``.
+        mask: a `BlockMask` to use instead of selecting one; excludes `sparsity` and `policy`. Its blocks are in
+            the order of grid, text, window and sink: give those it was made with.
+        quotas: unprotected key blocks that every unprotected query block keeps, int ``[heads or 1, rows]``
+            (`Plan.quotas`), instead of a share; changing them costs nothing.
+        kv_lengths: valid tokens of every sample in block order, int ``[batch]``: the padded end of the text takes no
+            part, and padded queries give 0.
+        return_lse: also return the log-sum-exp, float32 ``[batch, heads, q_len]``.
+        return_mask: also return the `BlockMask` that was used.
+        backend: its name; default: `use`, then ``RAINFUSION_BACKEND``, then the best for the device.
+
+    Returns:
+        The output, like q in kind, dtype, device and shape; with `return_lse` or `return_mask` a tuple
+        ``(out, lse, mask)`` of what was asked for.
+
+    Raises:
+        ProblemError, LayoutError, PolicyError, MaskError: an argument that does not fit.
+        BackendError: the backend is unknown, unavailable, or cannot run this.
+
+    Warns:
+        SparsityWarning: the sparsity cannot be reached, or protection takes most of what is kept.
+        SpeedWarning: where dense attention is estimated to be faster.
+
+    NaN: a block whose score is NaN is selected last; NaN inside attended tokens spreads as in dense
+    attention.
+    """
+    settings = Settings(
+        grid,
+        text,
+        text_position,
+        parts if parts is None or isinstance(parts, tuple) else tuple(parts),
+        sparsity,
+        policy,
+        block,
+        window,
+        sink,
+        omitted,
+        order,
+        tensor_layout,
+        scale,
+    )
+    returns = _RETURNS[bool(return_lse), bool(return_mask)]
+    arguments = {"q": q, "k": k, "v": v, "mask": mask, "quotas": quotas, "kv_lengths": kv_lengths}
+    return _call(arguments, settings, returns, backend)
+
+
+def select(
+    q: Array, k: Array, *, quotas: Array = None, kv_lengths: Array = None, backend: str | None = None, **settings: Any
+) -> BlockMask:
+    """The blocks that `attention` would attend to, without attending.
+
+    Args:
+        q, k: as in `attention`.
+        quotas, kv_lengths, backend, settings: the arguments of `attention` by the same names.
+
+    Raises:
+        ProblemError: an argument that `attention` does not have, and as `attention`.
+    """
+    arguments = {"q": q, "k": k, "v": None, "mask": None, "quotas": quotas, "kv_lengths": kv_lengths}
+    mask: BlockMask = _call(arguments, _settings(settings), ("%mask",), backend)
+    return mask
+
+
+def block_means(
+    x: Array, *, side: str = "kv", kv_lengths: Array = None, backend: str | None = None, **settings: Any
+) -> Array:
+    """Means of the blocks of a tensor, as selection and summaries read them.
+
+    Args:
+        x: ``[batch, heads, tokens, head_dim]``, or ``[batch, tokens, heads, head_dim]`` for `bshd`.
+        side: ``"q"`` or ``"kv"``: whose block size to take.
+        kv_lengths, backend, settings: the arguments of `attention` by the same names.
+
+    Returns:
+        float32 (float64 for float64) ``[batch, heads, blocks, head_dim]``, in the kind and on the device of `x`.
+
+    Raises:
+        ProblemError: another side, an argument that `attention` does not have, and as `attention`.
+    """
+    if side not in ("q", "kv"):
+        raise ProblemError(f"side={side!r} is not known; choose one of 'q', 'kv'")
+    arguments = {"q": x, "k": x, "v": None, "mask": None, "quotas": None, "kv_lengths": kv_lengths}
+    return _call(arguments, _settings(settings), ("%qb",) if side == "q" else ("%kb",), backend)
+
+
+def merge(
+    out_a: Array, lse_a: Array, out_b: Array, lse_b: Array, *, tensor_layout: str = "bhsd"
+) -> tuple[Array, Array]:
+    """Two attentions over disjoint keys as the one over their union, by log-sum-exp.
+
+    Args:
+        out_a, out_b: outputs as `attention` returns them, in `tensor_layout`.
+        lse_a, lse_b: their log-sum-exp, ``[batch, heads, q_len]``; minus infinity where a row attended to nothing.
+
+    Returns:
+        ``(out, lse)``: the output in the dtype of `out_a`, computed in float32 or wider.
+
+    Raises:
+        ProblemError: shapes that do not belong together.
+    """
+    if tensor_layout not in TENSOR_LAYOUTS:
+        raise ProblemError(f"tensor_layout={tensor_layout!r} is not known; choose one of {', '.join(TENSOR_LAYOUTS)}")
+    xp = array_namespace(out_a, lse_a, out_b, lse_b)
+    outs = [swap_if_bshd(xp.astype(out, compute_dtype(out, xp), copy=False), tensor_layout) for out in (out_a, out_b)]
+    shapes = [tuple(out_a.shape), tuple(lse_a.shape), tuple(out_b.shape), tuple(lse_b.shape)]
+    if outs[0].ndim != 4 or not shapes[0] == shapes[2] or not shapes[1] == shapes[3] == tuple(outs[0].shape[:3]):
+        raise ProblemError(f"out and lse of two attentions have shapes {shapes}; give two of one problem")
+    out, lse = ops.merge(outs[0], lse_a, outs[1], lse_b)
+    return xp.astype(swap_if_bshd(out, tensor_layout), out_a.dtype, copy=False), lse
+
+
+_RETURNS = MappingProxyType(
+    {
+        (lse, mask): ("%out", *(("%lse",) if lse else ()), *(("%mask",) if mask else ()))
+        for lse in (False, True)
+        for mask in (False, True)
+    }
+)
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings(**given)
+    except TypeError:
+        unknown = ", ".join(sorted({*given} - {*Settings._fields}))
+        raise ProblemError(f"{unknown} is not an argument; choose from {', '.join(Settings._fields)}") from None
+
+
+def _call(arguments: Mapping[str, Any], settings: Settings, returns: tuple[str, ...], backend: str | None) -> Any:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        from rainfusion import compile as graph
+
+        return graph.record_call(arguments, settings, returns, backend)
+    return call(arguments, settings, returns, backend)
+
+
+def call(arguments: Mapping[str, Any], settings: Settings, returns: tuple[str, ...], backend: str | None) -> Any:
+    """Plan, choose and run a call here and now; what was settled for an equal one is taken up again.
+
+    Args:
+        arguments: q, k, v, mask, quotas and kv_lengths, None where absent.
+    """
+    key = _key(arguments, settings, returns, backend)
+    prepared = dispatch.cache.call(key)
+    if prepared is None:
+        planned, notes = _planned(arguments, settings, returns)
+        prepared = dispatch.prepare(planned, notes, like=arguments["q"], backend=backend)
+        prepared.executable.check(arguments)
+        dispatch.cache.remember(key, prepared)
+        prepared.warn()
+        return prepared.executable.compute(arguments)
+    prepared.warn()
+    executable = prepared.executable
+    executable.check_operands(arguments)
+    return executable.compute(arguments)
+
+
+def _key(
+    arguments: Mapping[str, Any], settings: Settings, returns: tuple[str, ...], backend: str | None
+) -> tuple[Any, ...] | None:
+    """All that planning and choosing depend on; None where some of it cannot be compared."""
+    facts = tuple(array_facts(arguments[name]) for name in ("q", "k", "v"))
+    given = tuple(arguments[name] is not None for name in ("mask", "quotas", "kv_lengths"))
+    key = (facts, given, returns, dispatch.asked(backend), settings, tuple(map(type, settings)))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _planned(
+    arguments: Mapping[str, Any], settings: Settings, returns: tuple[str, ...]
+) -> tuple[Plan, tuple[str, ...]]:
+    q, k, v = (arguments[name] for name in ("q", "k", "v"))
+    problem = AttentionProblem.from_tensors(
+        q, k, v if {"%out", "%lse"} & {*returns} else k, scale=settings.scale, tensor_layout=settings.tensor_layout
+    )
+    return plan_with_notes(
+        problem,
+        settings.layout(),
+        settings.chosen_policy(arguments),
+        omitted=settings.omitted,
+        order=settings.order,
+        returns=returns,
+        quotas=arguments["quotas"] is not None,
+        kv_lengths=arguments["kv_lengths"] is not None,
+    )
