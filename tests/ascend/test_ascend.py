@@ -58,7 +58,7 @@ def test_on_the_stand_in_device(module: str, cann: Path) -> None:
     passed(npu.run(npu.PYTHON, *arguments, **npu.environ(cann)))
 
 
-def test_steps_down_where_cann_lacks_the_operator(old_cann: Path) -> None:
+def test_the_next_operator_serves_where_cann_lacks_one(old_cann: Path) -> None:
     arguments = npu.pytest_arguments("-p", "stand_in_device", str(INSIDE / "old_cann.py"))
     passed(npu.run(npu.PYTHON, *arguments, **npu.environ(old_cann)))
 

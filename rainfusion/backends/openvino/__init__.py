@@ -13,5 +13,6 @@ def rainfusion_backends() -> list[BackendSpec]:
             "rainfusion.backends.openvino.backend:OpenVinoBackend",
             requires=("openvino", "ml_dtypes"),
             install="pip install 'rainfusion[openvino]'",
+            arrays=("numpy", "torch:cpu"),
         )
     ]

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_torch_array
 
-from rainfusion.backends.interop import as_kind_of, as_numpy, numpy_dtype, on_cpu, refuse_gradients
-from rainfusion.backends.openvino.attend import ATTEND, ATTEND_WITH_SUMMARY, build_attend
-from rainfusion.backends.openvino.mask_chain import MASK_CHAINS, build_mask_chain
+from rainfusion.backends.host_arrays import as_kind_of, as_numpy, check_tensors, numpy_dtype, on_cpu
+from rainfusion.backends.openvino.attend import ATTENTION
+from rainfusion.backends.openvino.mask_chain import MASK_CHAIN
 from rainfusion.backends.openvino.runtime import found_devices, home
 from rainfusion.backends.openvino.tensors import BFLOAT16
 from rainfusion.core.backend import PORTABLE, VENDOR, Backend, Capabilities, Device, Kernel
-from rainfusion.core.ir import Plan
+from rainfusion.core.plan import Plan
 
 Array = Any
 
@@ -44,20 +44,26 @@ class OpenVinoBackend(Backend):
         return Capabilities(dtypes=frozenset(on_device.get(device.type, {"float16"})))
 
     def kernels(self, plan: Plan, device: Device) -> Sequence[Kernel]:
-        chains = [Kernel(ops, build_mask_chain) for ops in MASK_CHAINS]
-        return [*chains, Kernel(ATTEND, build_attend), Kernel(ATTEND_WITH_SUMMARY, build_attend)]
+        return [MASK_CHAIN, ATTENTION]
 
     def preference(self, plan: Plan, device: Device) -> int:
         return VENDOR if device.type != "cpu" or _is_ahead(plan, device) else PORTABLE - 1
 
-    def check_inputs(self, q: Array, k: Array, v: Array) -> None:
-        refuse_gradients(q, k, v)
+    def check_inputs(self, *tensors: Array) -> None:
+        check_tensors(*tensors)
 
     def to_native(self, array: Array) -> np.ndarray:
-        """The same memory as NumPy; bfloat16 stays bfloat16 (ml_dtypes), so nothing is converted at the door."""
-        if is_torch_array(array) and str(array.dtype) == "torch.bfloat16":
-            return array.view(sys.modules["torch"].uint16).numpy().view(BFLOAT16)
-        return array.detach().numpy() if is_torch_array(array) else array
+        """The same memory as NumPy; bfloat16 stays bfloat16 (ml_dtypes), so nothing is converted."""
+        if not is_torch_array(array):
+            given: np.ndarray = array
+            return given
+        tensor = array.detach().resolve_neg()
+        if str(tensor.dtype) == "torch.bfloat16":
+            tensor = tensor.view(sys.modules["torch"].uint16)
+            words: np.ndarray = tensor.numpy()
+            return words.view(BFLOAT16)
+        plain: np.ndarray = tensor.numpy()
+        return plain
 
     def from_native(self, array: np.ndarray, like: Array, dtype: str) -> Array:
         if is_torch_array(like) and array.dtype == BFLOAT16:

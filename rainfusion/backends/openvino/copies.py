@@ -14,19 +14,19 @@ import numpy as np
 from rainfusion.backends.openvino.memory import POOL
 from rainfusion.backends.openvino.runtime import parallel_streams
 from rainfusion.backends.openvino.schedule import cuts
-from rainfusion.backends.openvino.tensors import Rows
+from rainfusion.backends.openvino.tensors import TokenTable
 from rainfusion.core.backend import Device
 
 # A thread that copies less costs more than it saves; more threads than these wait for memory.
 _SHARE_BYTES, _THREADS = 2**22, 8
 
 
-def in_block_order(rows: Rows, order: np.ndarray, batch: int, heads: int, device: Device) -> Rows:
+def in_block_order(table: TokenTable, order: np.ndarray, batch: int, heads: int, device: Device) -> TokenTable:
     """The tokens of every head, one after the other in `order`; a copy."""
-    numbers = rows.numbers(order, batch, heads)
-    ordered = POOL.array((numbers.size, rows.table.shape[1]), rows.table.dtype)
-    reorder(rows.table, numbers, ordered, device)
-    return Rows(ordered, (heads * len(order), len(order), 1))
+    numbers = table.numbers(order, batch, heads)
+    ordered = POOL.array((numbers.size, table.memory.shape[1]), table.memory.dtype)
+    reorder(table.memory, numbers, ordered, device)
+    return TokenTable(ordered, (heads * len(order), len(order), 1))
 
 
 def reorder(table: np.ndarray, numbers: np.ndarray, out: np.ndarray, device: Device) -> None:

@@ -7,6 +7,7 @@ is gone, a result as soon as the model has done with it, and the next call for t
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 
@@ -49,6 +50,10 @@ class Pool:
         if self.unused() + block.nbytes <= self._limit:
             self._free.append(block)
 
+    def renew_lock(self) -> None:
+        """Forget who held the lock: in a forked child that thread is not there to give it back."""
+        self._lock = threading.Lock()
+
     def unused(self) -> int:
         """Bytes that wait for the next call."""
         return sum(block.nbytes for block in self._free)
@@ -62,3 +67,5 @@ class _Loan:
 
 
 POOL = Pool()
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=POOL.renew_lock)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import openvino as ov
 
+from rainfusion.backends.openvino.processes import per_process
 from rainfusion.backends.openvino.tensors import tensor_on
 from rainfusion.core.backend import Device
 from rainfusion.core.errors import BackendUnavailableError
@@ -24,8 +25,12 @@ HOME = "RAINFUSION_OPENVINO_DEVICE"
 
 Arrays = Sequence[np.ndarray]
 
+# Kernels that the CPU plugin keeps for shapes it has seen, a stream of a model. It keeps 5000 unless told otherwise,
+# which grow to gigabytes as resolutions change.
+_KERNELS_KEPT = 64
 
-@cache
+
+@per_process
 def core() -> ov.Core:
     """The OpenVINO core of this process; compiled models are kept on disk where the user names a folder."""
     made = ov.Core()
@@ -35,7 +40,7 @@ def core() -> ov.Core:
     return made
 
 
-@cache
+@per_process
 def found_devices() -> tuple[Device, ...]:
     """Every device OpenVINO names, in its order, with its full name."""
     return tuple(_device(name) for name in core().available_devices)
@@ -47,7 +52,7 @@ def home() -> Device:
     Raises:
         BackendUnavailableError: OpenVINO finds no such device.
     """
-    address = os.environ.get(HOME, "cpu").lower()
+    address = (os.environ.get(HOME) or "cpu").lower()
     for device in found_devices():
         if address in (str(device), device.type):
             return device
@@ -67,7 +72,7 @@ def plugin_name(device: Device) -> str:
     return kind if device.index is None else f"{kind}.{device.index}"
 
 
-@cache
+@per_process
 def abilities(device: Device) -> frozenset[str]:
     """What the device says it computes in natively: ``FP32``, ``BF16``, ``FP16``, ..."""
     return frozenset(core().get_property(plugin_name(device), "OPTIMIZATION_CAPABILITIES"))
@@ -82,7 +87,7 @@ def computes_in(dtype: str, device: Device) -> str:
     return dtype if ability in abilities(device) else "float32"
 
 
-@cache
+@per_process
 def parallel_streams(device: Device) -> int:
     """How many requests the device runs at once when each has one core (CPU) or queue (GPU)."""
     return int(core().get_property(plugin_name(device), "RANGE_FOR_STREAMS")[1])
@@ -97,6 +102,7 @@ def compiled(model: ov.Model, device: Device, precision: ov.Type, streams: int) 
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": streams}
     if device.type == "cpu":
         settings["INFERENCE_NUM_THREADS"] = parallel_streams(device)
+        settings["CPU_RUNTIME_CACHE_CAPACITY"] = _KERNELS_KEPT
     try:
         return core().compile_model(model, plugin_name(device), settings)
     except RuntimeError as error:

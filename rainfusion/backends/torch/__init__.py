@@ -13,5 +13,6 @@ def rainfusion_backends() -> list[BackendSpec]:
             "rainfusion.backends.torch.backend:TorchBackend",
             requires=("torch",),
             install="pip install 'rainfusion[torch]'",
+            arrays=("torch", "numpy"),
         )
     ]

@@ -15,5 +15,6 @@ def rainfusion_backends() -> list[BackendSpec]:
             install="pip install 'rainfusion[ascend]', install CANN and source its set_env.sh; to use torch without "
             "an NPU instead, set TORCH_DEVICE_BACKEND_AUTOLOAD=0",
             isolate=True,
+            arrays=("torch:npu",),
         )
     ]

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
-import torch
-from array_api_compat import is_torch_array
-
-from rainfusion.backends.interop import as_numpy, refuse_gradients
-from rainfusion.backends.torch_npu import block_means, detection, ladder
-from rainfusion.backends.torch_npu.rung import Wanted
-from rainfusion.backends.torch_npu.whole_plan import WholePlan
-from rainfusion.core.backend import Backend, Capabilities, Device, Kernel, Segment
-from rainfusion.core.ir import Plan
-
-Array = Any
+from rainfusion.backends.torch_arrays import TorchArrays
+from rainfusion.backends.torch_npu import detection, lowering, operators
+from rainfusion.backends.torch_npu.operators import Request
+from rainfusion.core.backend import Capabilities, Device, Kernel
+from rainfusion.core.ops import Attend
+from rainfusion.core.plan import Plan
 
 
-class TorchNpuBackend(Backend):
-    """The whole plan as one kernel: mask chain by the semantics, attention by the best operator that is there."""
+class TorchNpuBackend(TorchArrays):
+    """Attention with its mask chain as one kernel: the chain by the definitions, attention by the best operator."""
 
     name = "torch_npu"
+    device_type = "npu"
 
     def devices(self) -> Sequence[Device]:
         return detection.devices()
-
-    def device_of(self, array: Array) -> Device | None:
-        if is_torch_array(array) and array.device.type == "npu":
-            return Device("npu", array.device.index)
-        return None
 
     def capabilities(self, device: Device) -> Capabilities:
         # Alike on A2, A3 and 950. Head dims and blocks depend on each other and on what is installed: `objections`.
@@ -39,23 +28,22 @@ class TorchNpuBackend(Backend):
 
     def objections(self, plan: Plan, device: Device) -> Sequence[str]:
         claims = super().objections(plan, device)
-        if claims or not _attends(plan):
+        attends = [op for op in plan.ops if isinstance(op, Attend)]
+        if claims or not attends:
             return claims
-        return [*ladder.refusals(Wanted.by(plan, detection.chip())), *block_means.objections(plan)]
+        requests = [Request.of(op, plan, detection.chip()) for op in attends]
+        refused = [reason for request in requests for reason in operators.refusals(request)]
+        return [*dict.fromkeys(refused), *lowering.means_objections(plan)]
 
     def kernels(self, plan: Plan, device: Device) -> Sequence[Kernel]:
-        every = tuple(op.name for op in plan.ops if op.args)
-        return [Kernel(every, _build)] if _attends(plan) else []
-
-    def check_inputs(self, q: Array, k: Array, v: Array) -> None:
-        refuse_gradients(q, k, v)
+        return [lowering.KERNEL]
 
     @contextmanager
     def running(self, device: Device) -> Iterator[None]:
-        """On that device, without autograd, and without autocast and shortened float32 products: scores are float32."""
+        """As for all torch tensors, on that device, and without shortened float32 products: scores are float32."""
         npu = detection.torch_npu().npu
         matmul = npu.matmul
-        with npu.device(device.index), torch.no_grad(), torch.autocast("npu", enabled=False):
+        with npu.device(device.index), super().running(device):
             if not matmul.allow_hf32:
                 yield
                 return
@@ -65,23 +53,5 @@ class TorchNpuBackend(Backend):
             finally:
                 matmul.allow_hf32 = True
 
-    def from_native(self, array: torch.Tensor, like: Array, dtype: str) -> torch.Tensor:
-        return array.to(getattr(torch, dtype))
-
-    def from_host(self, array: np.ndarray, device: Device, dtype: str | None = None) -> torch.Tensor:
-        tensor = torch.tensor(array)
-        return (tensor if dtype is None else tensor.to(getattr(torch, dtype))).to(str(device))
-
-    def to_host(self, array: Array) -> np.ndarray:
-        return as_numpy(array.cpu())
-
     def synchronize(self, device: Device) -> None:
         detection.torch_npu().npu.synchronize(str(device))
-
-
-def _attends(plan: Plan) -> bool:
-    return any(op.name == "attend" for op in plan.ops)
-
-
-def _build(segment: Segment, plan: Plan, device: Device) -> Callable[..., tuple[torch.Tensor, ...]]:
-    return WholePlan(segment, plan, torch.device(str(device)), detection.chip())

@@ -1,4 +1,4 @@
-"""The Triton backend: the whole plan as kernels for CUDA devices, on Hopper with a path of its own."""
+"""The Triton backend: the whole plan as kernels for CUDA devices, with a kernel of its own for Hopper."""
 
 from rainfusion.core.backend import BackendSpec
 from rainfusion.plugins import hookimpl
@@ -13,5 +13,6 @@ def rainfusion_backends() -> list[BackendSpec]:
             "rainfusion.backends.triton.backend:TritonBackend",
             requires=("torch", "triton"),
             install="pip install 'rainfusion[triton]'",
+            arrays=("torch:cuda",),
         )
     ]

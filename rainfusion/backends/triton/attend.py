@@ -13,32 +13,33 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from rainfusion.backends.triton import chip, tune
+from rainfusion.backends.triton import hardware, tuning
 from rainfusion.backends.triton.attend_blocks import attend_blocks
-from rainfusion.backends.triton.configs import CANDIDATES, AttendConfig, attend_configs
 from rainfusion.backends.triton.operands import Attention
+from rainfusion.backends.triton.tuning import CANDIDATES, AttendConfig, attend_configs
 from rainfusion.core.errors import RainfusionWarning, warn_caller
-from rainfusion.core.ir import Plan
+from rainfusion.core.ops import Attend
+from rainfusion.core.plan import Plan
 
-WIDEST = 256
+LARGEST_HEAD_DIM = 256
 _LONGEST_STRIDE = 2**23  # from token to token: a tile's offsets are counted in int32
 _SCALES = (1e-6, 1e6)  # beyond, a bias divided by the scale may leave float32
 _GLUON_FROM = "3.6"  # the oldest Triton on which Hopper's kernel was seen to compile
 
-_DOES_NOT_FIT: tuple[type[Exception], ...] = (*tune.does_not_compile, AttributeError, TypeError)
+_DOES_NOT_FIT: tuple[type[Exception], ...] = (*tuning.DOES_NOT_COMPILE, AttributeError, TypeError)
 _refused: set[torch.device] = set()  # devices for which this Triton did not compile Hopper's kernel
 _lock = Lock()
 
 
 @dataclass
-class Attend:
-    """Attention for one plan on one device.
+class AttentionKernel:
+    """The attention kernel of one lowered plan on one device.
 
     Attributes:
         device: where it runs.
         hopper: the module of Hopper's kernel, where it takes this plan.
         configs: settings of the plain kernel, the best first; what the device cannot hold is dropped on first use.
-        precision: a name from `chip.precision`.
+        precision: a name from `hardware.precision`.
         is_tuned: whether the order of `configs` is final.
     """
 
@@ -50,20 +51,23 @@ class Attend:
     _lock: Lock = field(default_factory=Lock, repr=False)
 
     @classmethod
-    def of(cls, plan: Plan, device: torch.device, *, mean_dtype: torch.dtype | None) -> Attend:
-        """The kernel for a plan; `mean_dtype` is that of the means that stand for skipped blocks, if any do."""
-        problem = plan.problem
-        widest = max(getattr(torch, problem.dtype).itemsize, 0 if mean_dtype is None else mean_dtype.itemsize)
-        configs = attend_configs(widest, problem.head_dim, chip.architecture(device))
-        hopper = _hopper() if takes_hopper(plan, chip.architecture(device)) else None
-        is_tuned = chip.interprets() or not tune.is_asked()
-        return cls(device, hopper, list(configs), chip.precision(device), is_tuned)
+    def of(cls, op: Attend, plan: Plan, device: torch.device, mean_dtype: torch.dtype | None) -> AttentionKernel:
+        """The kernel of an operation; `mean_dtype` is that of the means that stand for omitted blocks, if any do."""
+        q, architecture = plan.types[op.q], hardware.architecture(device)
+        itemsize = max(getattr(torch, q.dtype).itemsize, 0 if mean_dtype is None else mean_dtype.itemsize)
+        configs = attend_configs(itemsize, q.shape[3], architecture)
+        fits = takes_hopper(op, plan, architecture, has_wide_means=mean_dtype == torch.float32)
+        is_tuned = hardware.interprets() or not tuning.is_requested()
+        return cls(device, _hopper() if fits else None, list(configs), hardware.precision(device), is_tuned)
 
-    def wants_copy(self, x: Tensor, order: Tensor | None) -> bool:
-        """Whether `x`, walked through `order`, is better folded into blocks first than read where it lies."""
+    def wants_copy(self, x: Tensor, order: Tensor | None, lengths: Tensor | None = None) -> bool:
+        """Whether `x`, read through `order`, is better copied into block order first than read where it lies.
+
+        The copy engine reads whole blocks, so keys and values beyond a length must have become zeros.
+        """
         if order is not None or max(x.stride()[2:]) > _LONGEST_STRIDE:
             return True
-        return self.uses_hopper and not self.hopper.can_fetch(x)
+        return self.uses_hopper and (lengths is not None or not self.hopper.can_fetch(x))
 
     @property
     def uses_hopper(self) -> bool:
@@ -84,7 +88,7 @@ class Attend:
         self._attend_plainly(partial(attend_blocks, given, out, lse, precision=self.precision))
 
     def _refuse(self, error: Exception) -> None:
-        """Gluon changes from one Triton to the next: say so once, and do without on this device."""
+        """Gluon changes from one Triton to the next: say so once, and use the plain kernel on this device."""
         with _lock:
             if self.device in _refused:
                 return
@@ -100,7 +104,7 @@ class Attend:
         if not self.is_tuned:
             with self._lock:
                 if not self.is_tuned:
-                    tuned = tune.fastest_first(dict.fromkeys([*self.configs, *CANDIDATES]), launch)
+                    tuned = tuning.fastest_first(dict.fromkeys([*self.configs, *CANDIDATES]), launch)
                     self.configs, self.is_tuned = tuned or self.configs, True
         while True:
             config = self.configs[0]
@@ -115,19 +119,19 @@ class Attend:
                         del self.configs[0]
 
 
-def takes_hopper(plan: Plan, architecture: str) -> bool:
-    """Whether Hopper's kernel is made for this plan.
+def takes_hopper(op: Attend, plan: Plan, architecture: str, *, has_wide_means: bool) -> bool:
+    """Whether Hopper's kernel is written for this attention.
 
-    Summaries beside a log-sum-exp are not: means rounded to 16 bits would show in its last digits.
+    Means in float32 are not: beside a log-sum-exp, rounding them to 16 bits would show in its last digits.
     """
-    problem = plan.problem
+    q = plan.types[op.q]
     return (
         architecture == "sm_90"
-        and problem.dtype in ("float16", "bfloat16")
-        and problem.head_dim in (64, 128)
-        and plan.block == (128, 128)
-        and _SCALES[0] < problem.scale < _SCALES[1]
-        and (plan.is_dense or plan.omitted == "drop" or "%lse" not in plan.returns)
+        and q.dtype in ("float16", "bfloat16")
+        and q.shape[3] in (64, 128)
+        and op.block == (128, 128)
+        and _SCALES[0] < op.scale < _SCALES[1]
+        and not has_wide_means
     )
 
 

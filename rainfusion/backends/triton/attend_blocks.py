@@ -1,8 +1,8 @@
 """attend as one plain Triton kernel, for every device Triton compiles for.
 
-A program holds up to 128 query rows of one head and walks their list of key blocks; the means of skipped blocks
-(`omitted="summary"`) follow in the same softmax. The output is written to the caller's tokens, so nothing is
-restored afterwards.
+A program holds up to 128 query rows of one head and walks their list of key blocks with a running softmax, as in
+FlashAttention-2; the means of omitted blocks (AttendMeans) follow in the same softmax. The output is written to the
+caller's tokens, so no pass restores their order afterwards.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rainfusion.backends.triton.configs import AttendConfig
-from rainfusion.backends.triton.dot import dot
+from rainfusion.backends.triton.hardware import dot
 from rainfusion.backends.triton.operands import LOG2_E, Attention
+from rainfusion.backends.triton.tuning import AttendConfig
 
 _LN_2 = tl.constexpr(math.log(2.0))
 
@@ -25,7 +25,7 @@ def attend_blocks(given: Attention, out: Tensor, lse: Tensor | None, config: Att
 
     Args:
         lse: float32 ``[B, H, q_len]`` contiguous, or None.
-        precision: a name from `chip.precision`.
+        precision: a name from `hardware.precision`.
     """
     q, k, v, means = given.q, given.k, given.v, given.means
     heads, dim = q.shape[1], q.shape[3]
@@ -41,9 +41,8 @@ def attend_blocks(given: Attention, out: Tensor, lse: Tensor | None, config: Att
         None if means is None else given.lists.bias,
         out,
         lse,
-        given.q_order,
-        given.kv_order,
         given.out_order,
+        given.lengths,
         given.tiles,
         given.lists.counts,
         given.lists.indices,
@@ -67,7 +66,8 @@ def attend_blocks(given: Attention, out: Tensor, lse: Tensor | None, config: Att
         WIDTH=max(triton.next_power_of_2(dim), 16),
         PARTS=parts,
         FITS=kv_block % keys == 0,
-        EVEN=given.kv_len % kv_block == 0,
+        EVEN=given.kv_len % kv_block == 0 and given.lengths is None,
+        LENGTHS_ON_QUERIES=given.lengths is not None and given.lengths_on_queries,
         POSITIVE=given.scale > 0,
         PRECISION=precision,
         num_warps=config.warps,
@@ -86,9 +86,8 @@ def _attend(
     bias,
     out,
     lse,
-    q_order,
-    kv_order,
     out_order,
+    lengths,
     tiles,
     counts,
     indices,
@@ -126,6 +125,7 @@ def _attend(
     PARTS: tl.constexpr,
     FITS: tl.constexpr,
     EVEN: tl.constexpr,
+    LENGTHS_ON_QUERIES: tl.constexpr,
     POSITIVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -138,14 +138,23 @@ def _attend(
     row = first + tl.arange(0, ROWS)
     position = block * Q_BLOCK + row
     there = (row < Q_BLOCK) & (position < q_len)
-    query = _tokens(q + b * q_b + h * q_h, q_order, block * Q_BLOCK + first, there, q_n, q_d, ROWS, DIM, WIDTH)
+    query = _tokens(q + b * q_b + h * q_h, block * Q_BLOCK + first, there, q_n, q_d, ROWS, DIM, WIDTH)
     keys, values = k + b * k_b + g * k_h, v + b * v_b + g * v_h
     listed = indices + tile * index_stride
     count = tl.load(counts + tile * count_stride)
+    end = kv_len
+    if lengths is not None:  # lists hold no block without a valid key, except for the one that all rows share
+        end = tl.maximum(tl.minimum(tl.load(lengths + b).to(tl.int32), kv_len), 0)
+        count = tl.minimum(count, tl.cdiv(end, KV_BLOCK))
+    mean_blocks = kv_blocks
+    if LENGTHS_ON_QUERIES:  # nothing to do where all rows are padding
+        padding = block * Q_BLOCK + first >= end
+        count = tl.where(padding, 0, count)
+        mean_blocks = tl.where(padding, 0, kv_blocks)
 
     STEPS: tl.constexpr = (KV_BLOCK + KEYS - 1) // KEYS
     total = count * STEPS
-    whole = 0  # steps that need no look at where the keys end: all, or all but those of the last block, or none
+    whole = 0  # steps that need not look at where the keys end: all, or all but those of the last block, or none
     if FITS:
         whole = total
         if not EVEN:
@@ -155,31 +164,33 @@ def _attend(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     for i in range(0, whole):
         at = tl.load(listed + i // STEPS).to(tl.int64) * KV_BLOCK + i % STEPS * KEYS
-        key = _tokens(keys, kv_order, at, None, k_n, k_d, KEYS, DIM, WIDTH)
-        value = _tokens(values, kv_order, at, None, v_n, v_d, KEYS, DIM, WIDTH)
+        key = _tokens(keys, at, None, k_n, k_d, KEYS, DIM, WIDTH)
+        value = _tokens(values, at, None, v_n, v_d, KEYS, DIM, WIDTH)
         acc, mass, peak = _step(acc, mass, peak, query, key, value, None, scale, POSITIVE, PRECISION)
     for i in range(whole, total):
         of_block = i % STEPS * KEYS + tl.arange(0, KEYS)
         at = tl.load(listed + i // STEPS).to(tl.int64) * KV_BLOCK + i % STEPS * KEYS
-        valid = (of_block < KV_BLOCK) & (at + tl.arange(0, KEYS) < kv_len)
-        key = _tokens(keys, kv_order, at, valid, k_n, k_d, KEYS, DIM, WIDTH)
-        value = _tokens(values, kv_order, at, valid, v_n, v_d, KEYS, DIM, WIDTH)
+        valid = (of_block < KV_BLOCK) & (at + tl.arange(0, KEYS) < end)
+        key = _tokens(keys, at, valid, k_n, k_d, KEYS, DIM, WIDTH)
+        value = _tokens(values, at, valid, v_n, v_d, KEYS, DIM, WIDTH)
         hidden = tl.where(valid, 0.0, float("-inf"))
         acc, mass, peak = _step(acc, mass, peak, query, key, value, hidden, scale, POSITIVE, PRECISION)
     if bias is not None:
         head = (b * (heads // group) + g) * kv_blocks * DIM
         weights = bias + tile * (tl.cdiv(kv_blocks, 128) * 128)
-        for start in range(0, kv_blocks, KEYS):
+        for start in range(0, mean_blocks, KEYS):
             mean = start + tl.arange(0, KEYS)
             valid = mean < kv_blocks
-            key = _tokens(mean_k + head, None, start, valid, DIM, 1, KEYS, DIM, WIDTH)
-            value = _tokens(mean_v + head, None, start, valid, DIM, 1, KEYS, DIM, WIDTH)
+            key = _tokens(mean_k + head, start, valid, DIM, 1, KEYS, DIM, WIDTH)
+            value = _tokens(mean_v + head, start, valid, DIM, 1, KEYS, DIM, WIDTH)
             weight = tl.load(weights + mean, mask=valid, other=float("-inf"))
             acc, mass, peak = _step(acc, mass, peak, query, key, value, weight, scale, POSITIVE, PRECISION)
 
     token = position
     if out_order is not None:
         token = tl.load(out_order + position, mask=there, other=0)
+    if LENGTHS_ON_QUERIES:
+        mass = tl.where(position < end, mass, 0.0)
     empty = mass == 0.0
     mass = tl.where(empty, 1.0, mass)
     result = tl.where(empty[:, None], 0.0, acc / mass[:, None])
@@ -192,14 +203,10 @@ def _attend(
 
 
 @triton.jit
-def _tokens(x, order, first, valid, stride_n, stride_d, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+def _tokens(x, first, valid, stride_n, stride_d, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """COUNT tokens from position `first` on, ``[COUNT, WIDTH]``, zero where invalid and beyond the head dim."""
     n, d = tl.arange(0, COUNT), tl.arange(0, WIDTH)
-    if order is None:
-        at = x + first * stride_n + (n[:, None] * stride_n + d[None, :] * stride_d)
-    else:
-        token = tl.load(order + first + n, mask=valid, other=None if valid is None else 0)
-        at = x + token.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d
+    at = x + first * stride_n + (n[:, None] * stride_n + d[None, :] * stride_d)
     if valid is not None:
         return tl.load(at, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
     if DIM < WIDTH:

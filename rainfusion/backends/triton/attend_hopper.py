@@ -6,16 +6,25 @@ first, until none is left. Inside it
 - the **producer** takes tiles, walks their lists of key blocks, and has the copy engine (TMA) fetch q, k and v into
   rings of shared memory;
 - two **consumers** hold 64 rows each and keep the tensor cores (wgmma) busy: the exponentials of step j run under
-  q kᵀ of step j+1, and the row maximum of step j+1 under p v of step j ("split softmax"). Step j+1 may belong to the
-  next tile: the stream of steps does not pause between tiles.
+  q kᵀ of step j+1, and the row maximum of step j+1 under p v of step j. Step j+1 may belong to the next tile: the
+  stream of steps does not pause between tiles.
 
-The means of the skipped blocks (`omitted="summary"`) come last in a tile, 128 of them a step. Output and log-sum-exp go
+Warp specialisation and the overlap of softmax with products follow FlashAttention-3 (arXiv 2407.08608); splitting the
+softmax into maximum and exponentials that overlap different products, and rescaling only where a maximum grows by more
+than a threshold, follow FlashAttention-4.
+
+The means of the omitted blocks (AttendMeans) come last in a tile, 128 of them a step. Output and log-sum-exp go
 straight to the caller's tokens.
 
-**Where a walk begins.** Programs drift apart, and before long they are all over a head's keys. Where the head outgrows
-the cache, each then fetches from memory what another fetched before. So lists are walked as rings: P programs take a
-tile every P-th of a walk, and the p-th tile begins p/P of a round in, which is where the others are by then. It depends
-on p alone, not on timing: results are the same bits every time.
+**Keys that take no part.** Some keys of a tile's last block may lie beyond the end: of the keys, or of the valid ones
+where samples have lengths. The producer tells the consumers which step that is and how many keys of it count. A tile
+that keeps nothing takes one step, of which no key counts, over a block beyond the end, which the copy engine reads as
+zeros: consumers expect a first step in every tile.
+
+**Where a walk begins (ours).** Programs drift apart, and before long they read all over a head's keys. Where the head
+outgrows the cache, each then fetches from memory what another fetched before. So lists are walked as rings: P programs
+take a tile every P-th of a walk, and the p-th tile begins p/P of a round in, which is where the others are by then. It
+depends on p alone, not on timing: results are the same bits every time.
 """
 
 from __future__ import annotations
@@ -38,7 +47,8 @@ HEAD_DIMS = (64, 128)
 STAGES = 2  # slots of the rings of k and v
 _LN_2 = gl.constexpr(math.log(2.0))
 _NONE = gl.constexpr(float("-inf"))
-# A row's maximum may be exceeded by this much, in base 2, before its sums are rescaled: float32 bears it.
+# A row's maximum may be exceeded by this much, in base 2, before its sums are rescaled (lazy rescaling, as in
+# FlashAttention-4): float32 has the range for it.
 _SLACK = gl.constexpr(8.0)
 _fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.7 renamed it
 
@@ -65,6 +75,7 @@ def attend_hopper(given: Attention, out: Tensor, lse: Tensor | None) -> None:
         out,
         lse,
         given.out_order,
+        given.lengths,
         given.tiles,
         torch.zeros(1, dtype=torch.int32, device=q.device),
         lists.counts,
@@ -83,7 +94,8 @@ def attend_hopper(given: Attention, out: Tensor, lse: Tensor | None) -> None:
         given.scale * LOG2_E,
         DIM=dim,
         STAGES=STAGES,
-        RAGGED=given.kv_len % KEYS != 0,
+        HIDES=given.kv_len % KEYS != 0 or given.may_keep_nothing or given.lengths is not None,
+        LENGTHS_ON_QUERIES=given.lengths is not None and given.lengths_on_queries,
         num_warps=4,
         enable_fp_fusion=True,
     )
@@ -139,8 +151,8 @@ class Ring(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One query block of one head: its number, -1 where there is none any more; how many key blocks it keeps, and the
-    step of the ragged one, -1 where it keeps that not.
+    """One query block of one head: its number, -1 after the last; how many steps its key blocks take; the step of
+    which some keys do not count, -1 where all do.
     """
 
     number: gl.tensor
@@ -149,22 +161,26 @@ class Tile(NamedTuple):
 
 
 class Mail(NamedTuple):
-    """Two slots in which the producer tells the consumers of a tile."""
+    """Two slots in which the producer tells the consumers of a tile, as in `Tile`, and how many keys of the ragged step
+    count.
+    """
 
     tile: gl.shared_memory_descriptor
     kept: gl.shared_memory_descriptor
     ragged: gl.shared_memory_descriptor
+    valid: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     free: gl.shared_memory_descriptor
 
 
 class Lists(NamedTuple):
-    """The tiles in the order in which they are taken, and the kept blocks of each."""
+    """The tiles in the order in which they are taken, the kept blocks of each, and the valid keys of every sample."""
 
     tiles: gl.tensor
     counter: gl.tensor
     counts: gl.tensor
     indices: gl.tensor
+    lengths: gl.tensor
     count_stride: gl.tensor
     index_stride: gl.tensor
 
@@ -218,6 +234,7 @@ def _attend(
     out,
     lse,
     out_order,
+    lengths,
     tiles,
     counter,
     counts,
@@ -239,7 +256,8 @@ def _attend(
     scale,
     DIM: gl.constexpr,
     STAGES: gl.constexpr,
-    RAGGED: gl.constexpr,
+    HIDES: gl.constexpr,
+    LENGTHS_ON_QUERIES: gl.constexpr,
 ):
     number: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_full, q_free = _barriers(2, 2)
@@ -253,25 +271,23 @@ def _attend(
         gl.allocate_shared_memory(gl.int32, [2, 1], number),
         gl.allocate_shared_memory(gl.int32, [2, 1], number),
         gl.allocate_shared_memory(gl.int32, [2, 1], number),
+        gl.allocate_shared_memory(gl.int32, [2, 1], number),
         mail_full,
         mail_free,
     )
     MEANS: gl.constexpr = bias_desc is not None
-    bias = gl.allocate_shared_memory(gl.float32, [STAGES + 1, 1, 128], gl.NVMMASharedLayout(0, 32, 2))
-    if RAGGED:  # the last slot hides what lies beyond the last key
-        row: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        valid = gl.arange(0, 128, row) < kv_len - (kv_blocks - 1) * 128
-        bias.index(STAGES).reshape([128]).store(gl.where(valid, 0.0, _NONE))
-    rings = (q_ring, k_ring, v_ring, bias, mail)
-    lists = Lists(tiles, counter, counts, indices, count_stride, index_stride)
+    bias = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 128], gl.NVMMASharedLayout(0, 32, 2))
+    hidden = gl.allocate_shared_memory(gl.float32, [2, 128], number)
+    rings = (q_ring, k_ring, v_ring, bias, hidden, mail)
+    lists = Lists(tiles, counter, counts, indices, lengths, count_stride, index_stride)
     sizes = Sizes(q_len, kv_len, tile_count, heads, group, q_blocks, kv_blocks, mean_steps, phases, scale)
-    outs = (out, lse, out_order, out_b, out_h, out_n)
+    outs = (out, lse, out_order, lengths if LENGTHS_ON_QUERIES else None, out_b, out_h, out_n)
     sources = (q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, bias_desc)
     gl.warp_specialize(
         [
-            (_consume, (outs, rings, sizes, 0, DIM, STAGES, RAGGED, MEANS)),
-            (_consume, (outs, rings, sizes, 1, DIM, STAGES, RAGGED, MEANS)),
-            (_produce, (sources, rings, lists, sizes, STAGES, MEANS)),
+            (_consume, (outs, rings, sizes, 0, DIM, STAGES, HIDES, MEANS)),
+            (_consume, (outs, rings, sizes, 1, DIM, STAGES, HIDES, MEANS)),
+            (_produce, (sources, rings, lists, sizes, STAGES, MEANS, HIDES, LENGTHS_ON_QUERIES)),
         ],
         [4, 1],
         [240, 24],
@@ -282,12 +298,12 @@ def _attend(
 
 
 @gluon.jit
-def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.constexpr):
+def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.constexpr, HIDES, ON_QUERIES):
     q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, bias_desc = sources
-    q_ring, k_ring, v_ring, bias, mail = rings
+    q_ring, k_ring, v_ring, bias, _, mail = rings
     it = 0
     t = 0
-    taken, tile, kept, begin, block = _take_tile(lists, sizes)
+    taken, tile, count, begin, block = _take_tile(lists, sizes, HIDES, ON_QUERIES)
     going = True
     while going:
         going = taken < sizes.tiles
@@ -295,17 +311,21 @@ def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.const
         b, h = bh // sizes.heads, bh % sizes.heads
         head = (b, h // sizes.group)
         listed = lists.indices + tile.to(gl.int64) * lists.index_stride
+        kept = gl.maximum(count, 1)  # a tile that keeps nothing takes a step over nothing
         steps = kept + sizes.mean_steps
-        _tell(mail, t, gl.where(going, tile, -1), kept, begin, listed, sizes)
+        _tell(mail, t, gl.where(going, tile, -1), b, count, begin, listed, lists.lengths, sizes, HIDES)
         _fill(k_ring, it, k_desc, head, block * 128, STAGES)
         _wait_free(q_ring, t, 2)
         mbarrier.expect(q_ring.full.index(t % 2), 2 * q_desc.block_type.nbytes)
+        first_row = (tile % sizes.q_blocks) * 128
+        if HIDES and not MEANS:  # queries that attend to nothing are read as zeros too: NaN times 0 would be NaN
+            first_row = gl.where(count > 0, first_row, sizes.q_blocks * 128)
         for half in gl.static_range(2):
-            row = (tile % sizes.q_blocks) * 128 + half * 64
+            row = first_row + half * 64
             _fetch(q_desc, [b, h, row, 0], q_ring.full.index(t % 2), q_ring.data.index((t % 2) * 2 + half))
         if going:
             current, last, first, current_block = tile, kept - 1, begin, block
-            taken, tile, kept, begin, block = _take_tile(lists, sizes)
+            taken, tile, count, begin, block = _take_tile(lists, sizes, HIDES, ON_QUERIES)
             for j in range(1, steps + 1):
                 at = first + gl.minimum(j, last)
                 following = gl.load(listed + gl.where(at > last, at - last - 1, at))
@@ -325,30 +345,48 @@ def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.const
 
 
 @gluon.jit
-def _take_tile(lists, sizes):
+def _take_tile(lists, sizes, HIDES: gl.constexpr, ON_QUERIES: gl.constexpr):
     """The next tile off the counter, how many blocks it keeps, where in their list its walk begins and that block.
 
-    Beyond the last tile it is the last tile again, whose first block and queries are fetched for nothing: the
+    Beyond the last tile it is the last tile again, whose first block and queries are fetched and not used: the
     consumers look one step ahead, and this gives them something to see.
     """
     taken = gl.atomic_add(lists.counter, 1, sem="relaxed")
     tile = gl.load(lists.tiles + gl.minimum(taken, sizes.tiles - 1))
-    # A row that keeps nothing walks one block in vain: nobody may wait for ever for a step that never comes.
-    kept = gl.maximum(gl.load(lists.counts + tile * lists.count_stride), 1)
-    begin = kept * (taken % sizes.phases) // sizes.phases
+    count = gl.load(lists.counts + tile * lists.count_stride)
+    if lists.lengths is not None:  # lists hold no block without a valid key, except for the one that all rows share
+        end = _end(lists.lengths, tile // sizes.q_blocks // sizes.heads, sizes.kv_len)
+        count = gl.minimum(count, (end + 127) // 128)
+        if ON_QUERIES:
+            count = gl.where(tile % sizes.q_blocks * 128 < end, count, 0)
+    begin = count * (taken % sizes.phases) // sizes.phases
     block = gl.load(lists.indices + tile.to(gl.int64) * lists.index_stride + begin)
-    return taken, tile, kept, begin, block
+    if HIDES:
+        block = gl.where(count > 0, block, sizes.kv_blocks)
+    return taken, tile, count, begin, block
 
 
 @gluon.jit
-def _tell(mail, t, tile, kept, begin, listed, sizes):
-    last = gl.load(listed + kept - 1)
-    ragged = (last == sizes.kv_blocks - 1) & (sizes.kv_len % 128 != 0)
+def _end(lengths, sample, kv_len):
+    """The valid keys of a sample."""
+    return gl.maximum(gl.minimum(gl.load(lengths + sample).to(gl.int32), kv_len), 0)
+
+
+@gluon.jit
+def _tell(mail, t, tile, sample, count, begin, listed, lengths, sizes, HIDES: gl.constexpr):
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    kept = gl.maximum(count, 1)
+    last = gl.load(listed + kept - 1)
+    end = sizes.kv_len
+    if lengths is not None:
+        end = _end(lengths, sample, sizes.kv_len)
+    valid = gl.where(count > 0, end - last * 128, 0)
     _wait_free(mail, t, 2)
     mail.tile.index(t % 2).store(gl.full([1], tile, gl.int32, one))
     mail.kept.index(t % 2).store(gl.full([1], kept, gl.int32, one))
-    mail.ragged.index(t % 2).store(gl.full([1], gl.where(ragged, kept - 1 - begin, -1), gl.int32, one))
+    mail.ragged.index(t % 2).store(gl.full([1], gl.where(valid < 128, kept - 1 - begin, -1), gl.int32, one))
+    if HIDES:
+        mail.valid.index(t % 2).store(gl.full([1], valid, gl.int32, one))
     mbarrier.arrive(mail.full.index(t % 2), count=1)
 
 
@@ -381,56 +419,61 @@ def _accumulator(columns):
 
 
 @gluon.jit
-def _consume(outs, rings, sizes, HALF: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, RAGGED, MEANS):
+def _consume(outs, rings, sizes, HALF: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, HIDES, MEANS):
     S_ROW: gl.constexpr = gl.SliceLayout(1, _accumulator(128))
-    q_ring, k_ring, _, _, mail = rings
+    q_ring, k_ring, v_ring, bias, hidden, mail = rings
+    hidden = hidden.index(HALF)
+    rings = (q_ring, k_ring, v_ring, bias, hidden, mail)
     none = gl.full([64], _NONE, gl.float32, S_ROW)
     it = 0
     t = 0
-    tile = _hear(mail, t)
+    tile = _hear(mail, t, hidden, HIDES)
     _wait_full(q_ring, t, 2)
     _wait_full(k_ring, it, STAGES)
     q = q_ring.data.index(HALF).reshape([64, DIM])
     s = warpgroup_mma_wait(0, deps=(_logits(q, k_ring, it, DIM, STAGES),))
     mbarrier.arrive(k_ring.free.index(it % STAGES), count=1)
-    x, peak, fade = _shifted(s, none, 0, tile, rings, it, sizes, STAGES, RAGGED, False)
+    x, peak, fade = _shifted(s, none, 0, tile, rings, it, sizes, STAGES, HIDES, False)
     _wait_full(k_ring, it + 1, STAGES, pred=tile.number >= 0)
     while tile.number >= 0:
         acc = gl.zeros([64, DIM], gl.float32, _accumulator(DIM))
         mass = gl.zeros([64], gl.float32, S_ROW)
         for j in range(1, tile.kept + sizes.mean_steps):
             sums = (acc, mass, peak, x, fade)
-            acc, mass, peak, x, fade = _step(sums, q, rings, it, j, tile, True, sizes, DIM, STAGES, RAGGED, MEANS)
+            acc, mass, peak, x, fade = _step(sums, q, rings, it, j, tile, True, sizes, DIM, STAGES, HIDES, MEANS)
             it += 1
         mbarrier.arrive(q_ring.free.index(t % 2), count=1)
         t += 1
         done, done_peak = tile.number, peak
-        tile = _hear(mail, t)
+        tile = _hear(mail, t, hidden, HIDES)
         _wait_full(q_ring, t, 2)
         q = q_ring.data.index((t % 2) * 2 + HALF).reshape([64, DIM])
         sums, more = (acc, mass, none, x, fade), tile.number >= 0
-        acc, mass, peak, x, fade = _step(sums, q, rings, it, 0, tile, more, sizes, DIM, STAGES, RAGGED, False)
+        acc, mass, peak, x, fade = _step(sums, q, rings, it, 0, tile, more, sizes, DIM, STAGES, HIDES, False)
         it += 1
         _write(acc, mass, done_peak, outs, done, sizes, HALF, DIM)
 
 
 @gluon.jit
-def _hear(mail, t):
-    """What the producer tells of the t-th tile."""
+def _hear(mail, t, hidden, HIDES: gl.constexpr):
+    """What the producer tells of the t-th tile; `hidden` takes what is added to the logits of its ragged step."""
     _wait_full(mail, t, 2)
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     number = gl.max(mail.tile.index(t % 2).load(one), 0)
     kept = gl.max(mail.kept.index(t % 2).load(one), 0)
     ragged = gl.max(mail.ragged.index(t % 2).load(one), 0)
+    if HIDES:
+        valid = gl.max(mail.valid.index(t % 2).load(one), 0)
+        hidden.store(gl.where(gl.arange(0, 128, one) < valid, 0.0, _NONE))
     mbarrier.arrive(mail.free.index(t % 2), count=1)
     return Tile(number, kept, ragged)
 
 
 @gluon.jit
-def _step(sums, q, rings, it, j, tile, more, sizes, DIM: gl.constexpr, STAGES: gl.constexpr, RAGGED, MEANS):
+def _step(sums, q, rings, it, j, tile, more, sizes, DIM: gl.constexpr, STAGES: gl.constexpr, HIDES, MEANS):
     """Attend with the weights of step `it` of the stream while the logits of the next are made, step j of its tile."""
     acc, mass, peak, x, fade = sums
-    _, k_ring, v_ring, _, _ = rings
+    _, k_ring, v_ring, _, _, _ = rings
     s = _logits(q, k_ring, it + 1, DIM, STAGES)
     _wait_full(v_ring, it, STAGES)
     p = _exp2(x)
@@ -441,7 +484,7 @@ def _step(sums, q, rings, it, j, tile, more, sizes, DIM: gl.constexpr, STAGES: g
     s = warpgroup_mma_wait(1, deps=(s,))
     if not MEANS:
         mbarrier.arrive(k_ring.free.index((it + 1) % STAGES), count=1)
-    x, peak, fade = _shifted(s, peak, j, tile, rings, it + 1, sizes, STAGES, RAGGED, MEANS)
+    x, peak, fade = _shifted(s, peak, j, tile, rings, it + 1, sizes, STAGES, HIDES, MEANS)
     if MEANS:  # the bias lies in the slot of the keys
         mbarrier.arrive(k_ring.free.index((it + 1) % STAGES), count=1)
     # The spin of this wait ends a basic block; without it ptxas hoists the wait for wgmma above the maximum.
@@ -460,16 +503,16 @@ def _logits(q, k_ring, it, DIM: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _shifted(s, peak, j, tile, rings, it, sizes, STAGES: gl.constexpr, RAGGED, MEANS):
+def _shifted(s, peak, j, tile, rings, it, sizes, STAGES: gl.constexpr, HIDES, MEANS):
     """Logits of step j less the row maximum, that maximum, and by how much it fades what came before; all in base 2.
 
     A maximum that grows little stays: `_SLACK` says how much float32 and the weights' dtype bear.
     """
-    _, _, _, bias, _ = rings
+    _, _, _, bias, hidden, _ = rings
     column: gl.constexpr = gl.SliceLayout(0, _accumulator(128))
-    if RAGGED:
+    if HIDES:
         if j == tile.ragged:
-            s += gl.expand_dims(bias.index(STAGES).reshape([128]).load(column), 0)
+            s += gl.expand_dims(hidden.load(column), 0)
     if MEANS:
         if j >= tile.kept:
             s += gl.expand_dims(bias.index(it % STAGES).reshape([128]).load(column) * (1.0 / sizes.scale), 0)
@@ -528,29 +571,35 @@ def _write(acc, mass, peak, outs, tile, sizes, HALF: gl.constexpr, DIM: gl.const
     """Output, and log-sum-exp where it is wanted, to the caller's tokens."""
     S_ROW: gl.constexpr = gl.SliceLayout(1, _accumulator(128))
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    out, lse, out_order, out_b, out_h, out_n = outs
+    out, lse, out_order, lengths, out_b, out_h, out_n = outs
     bh = tile // sizes.q_blocks
     first = (tile % sizes.q_blocks) * 128 + HALF * 64
     empty = mass == 0.0
     share = gl.convert_layout(gl.where(empty, 0.0, 1.0 / mass), gl.SliceLayout(1, _accumulator(DIM)))
     result = (acc * gl.expand_dims(share, 1)).to(out.dtype.element_ty)
-    token, there = _tokens_of_rows(out_order, first, sizes, gl.SliceLayout(1, WIDE))
+    result = gl.convert_layout(result, WIDE)
+    position, token, there = _tokens_of_rows(out_order, first, sizes, gl.SliceLayout(1, WIDE))
+    end = sizes.q_len
+    if lengths is not None:  # queries beyond it attend to nothing
+        end = _end(lengths, bh // sizes.heads, sizes.kv_len)
+        result = gl.where(gl.expand_dims(position < end, 1), result, 0.0)
     head = out + (bh // sizes.heads).to(gl.int64) * out_b + (bh % sizes.heads).to(gl.int64) * out_h
     column = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
     at = gl.expand_dims(token.to(gl.int64) * out_n, 1) + gl.expand_dims(column, 0)
-    gl.store(head + at, gl.convert_layout(result, WIDE), mask=gl.expand_dims(there, 1))
+    gl.store(head + at, result, mask=gl.expand_dims(there, 1))
     if lse is not None:
-        token, there = _tokens_of_rows(out_order, first, sizes, S_ROW)
-        natural = gl.where(empty, _NONE, (_finite(peak) + gl.log2(mass)) * _LN_2)
+        position, token, there = _tokens_of_rows(out_order, first, sizes, S_ROW)
+        nothing = empty | (position >= end)
+        natural = gl.where(nothing, _NONE, (_finite(peak) + gl.log2(mass)) * _LN_2)
         gl.store(lse + bh.to(gl.int64) * sizes.q_len + token, natural, mask=there)
 
 
 @gluon.jit
 def _tokens_of_rows(out_order, first, sizes, LAYOUT: gl.constexpr):
-    """The caller's tokens of a consumer's 64 rows, and which of them there are."""
+    """The positions and the caller's tokens of a consumer's 64 rows, and which of them there are."""
     position = first + gl.arange(0, 64, LAYOUT)
     there = position < sizes.q_len
     token = position
     if out_order is not None:
         token = gl.load(out_order + position, mask=there, other=0)
-    return token, there
+    return position, token, there

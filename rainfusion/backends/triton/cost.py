@@ -1,6 +1,6 @@
 """How a plan's time compares with dense attention, on chips where both were measured.
 
-Short sequences are where skipping cannot pay: a handful of launches and one pass over q, k and v come first, and dense
+Short sequences are where skipping cannot pay: a few launches and one pass over q, k and v come first, and dense
 attention is done before they are. The estimate is meant to tell that, not to predict a benchmark.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rainfusion.backends.triton.attend import takes_hopper
-from rainfusion.core.ir import Plan
-from rainfusion.core.problem import AttentionProblem
+from rainfusion.core.ops import Attend
+from rainfusion.core.plan import Plan
 
 _BYTES = 2  # a channel in half precision, the only one with figures
 
@@ -22,7 +22,7 @@ class Rates:
     Attributes:
         dense, sparse: operations a second of torch's dense attention and of ours, on the pairs it attends.
         bandwidth: bytes a second while tokens are folded into blocks.
-        dense_call, sparse_call: seconds a call takes at least, which Python and launches need.
+        dense_call, sparse_call: seconds a call takes at least, for Python and launches.
     """
 
     dense: float
@@ -39,21 +39,25 @@ MEASURED: dict[tuple[str, int], Rates] = {("sm_90", 128): Rates(560e12, 600e12, 
 
 def speedup(plan: Plan, architecture: str) -> float | None:
     """How many times faster than dense attention the plan is estimated to be; None where that was not measured."""
-    problem = plan.problem
+    problem, attend = plan.problem, plan.find(Attend)
     rates = MEASURED.get((architecture, problem.head_dim))
-    if rates is None or plan.flops is None or not takes_hopper(plan, architecture):
+    if rates is None or plan.flops is None or attend is None:
+        return None
+    wide = plan.summarises and "%lse" in plan.returns
+    if not takes_hopper(attend, plan, architecture, has_wide_means=wide):
         return None
     dense = max(problem.dense_flops / rates.dense, rates.dense_call)
     if plan.is_dense:
         return 1.0
-    sparse = plan.flops / rates.sparse + _folded_bytes(plan, problem) / rates.bandwidth
+    sparse = plan.flops / rates.sparse + _folded_bytes(plan, attend) / rates.bandwidth
     return dense / max(sparse, rates.sparse_call)
 
 
-def _folded_bytes(plan: Plan, problem: AttentionProblem) -> int:
+def _folded_bytes(plan: Plan, attend: Attend) -> int:
     """Bytes read for the means, and read and written where tokens are put into block order."""
+    problem = plan.problem
     q = problem.batch * problem.heads * problem.q_len * problem.head_dim * _BYTES
     kv = problem.batch * problem.kv_heads * problem.kv_len * problem.head_dim * _BYTES
-    if plan.order == "given" or plan.layout.grid is None:
-        return q + kv * (2 if plan.omitted == "summary" else 1)
+    if attend.order is None:
+        return q + kv * (2 if plan.summarises else 1)
     return 2 * (q + 2 * kv)

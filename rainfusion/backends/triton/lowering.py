@@ -1,187 +1,362 @@
-"""From a run of plan operations to kernel launches.
+"""From a part of a plan to kernel launches.
 
-One class serves every run the backend offers: whatever part of the plan it covers, the same stages follow each other,
-each left out where the plan has no use for it.
+One class serves every part that is one attention or a piece of it: the same stages follow each other, and each is
+left out where the part has no operation for it. Values that another part makes (means, scores, a mask) come in and go
+out by name.
 
-    fold      q, k, v ─► blocks and their means      (block_mean, and the token order)
-    list      means, or a given mask ─► BlockLists   (block_score, select)
-    schedule  lists ─► order of the query blocks
-    attend    blocks, lists ─► output, log-sum-exp   (attend; with summaries attend, attend, merge)
+    fold      tokens ─► tokens in block order, block means     (block_mean, and the orders that attend reads)
+    list      means, scores or a mask ─► BlockLists            (block_score, select)
+    attend    tokens, lists, means ─► output, log-sum-exp      (attend, attend_means, merge)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from threading import Lock
+from typing import Any
+from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rainfusion.backends.triton import chip
-from rainfusion.backends.triton.attend import WIDEST, Attend
-from rainfusion.backends.triton.fold_blocks import Folded, fold_blocks
+from rainfusion.backends.torch_arrays import all_modes_off
+from rainfusion.backends.triton import hardware
+from rainfusion.backends.triton.attend import LARGEST_HEAD_DIM, AttentionKernel
+from rainfusion.backends.triton.fold_blocks import fold_blocks
+from rainfusion.backends.triton.folds import Blocks, folds_of
 from rainfusion.backends.triton.operands import Attention, Means
-from rainfusion.backends.triton.schedule import heavy_first, heavy_first_on_device
 from rainfusion.backends.triton.score_blocks import score_blocks
 from rainfusion.backends.triton.select_blocks import (
     BlockLists,
-    Wanted,
+    Extras,
     every_block,
+    heavy_first,
+    heavy_first_on_device,
     list_blocks,
-    select_top_k,
-    select_top_p,
+    select_blocks,
 )
+from rainfusion.core.axis import BlockedAxis
 from rainfusion.core.backend import Device, Segment
 from rainfusion.core.errors import LoweringError
-from rainfusion.core.ir import Plan
-from rainfusion.core.layout import BlockedAxis
-from rainfusion.core.policy import TopK, TopP
+from rainfusion.core.ops import AllBlocks, Attend, AttendMeans, BlockMean, BlockScore, Merge, Op, Select
+from rainfusion.core.plan import Plan
+from rainfusion.core.stages import Stages
 
-MEANS, SELECT = ("block_mean", "block_mean"), ("block_score", "select")
-RUNS = (
-    (*MEANS, "block_mean", *SELECT, "attend", "attend", "merge"),
-    (*MEANS, *SELECT, "attend"),
-    (*MEANS, "attend", "attend", "merge"),
-    (*MEANS, *SELECT),
-    ("attend",),
-)
-"""The runs of operations that are lowered as one: whole plans, with and without summaries, and their parts."""
+UNDERSTOOD: frozenset[type[Op]] = frozenset({BlockMean, BlockScore, Select, Attend, AttendMeans, Merge})
+"""The operations that are lowered, all of them or any part of them, as one step."""
+
+Values = Mapping[str, Tensor]
 
 
-_captured: set[Lowered] = set()
-"""What a CUDA graph has captured stays for good: the graph replays on its constants, however long it lives."""
+class CapturedTensors:
+    """Constants that CUDA graphs read, kept alive for them.
+
+    A graph replays on the memory of the tensors it captured, however long it lives, and nothing tells when it ends. So
+    what a captured call reads is kept until `clear`. Constants are shared between plans: this grows with the layouts,
+    budgets and devices that are captured, not with calls or graphs.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, Tensor] = {}
+        self._lock = Lock()
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Keep these tensors."""
+        with self._lock:
+            self._tensors.update((id(x), x) for x in tensors)
+
+    def clear(self) -> None:
+        """Let go of all of them. Graphs that were captured before must not be replayed afterwards."""
+        with self._lock:
+            self._tensors.clear()
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
-def build(segment: Segment, plan: Plan, device: Device) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The function of one run of operations.
+def build(segment: Segment, plan: Plan, device: Device, *, captured: CapturedTensors) -> Lowered:
+    """The function of one segment.
 
     Raises:
-        LoweringError: a head dim beyond what the attention kernels hold.
+        LoweringError: operations that are not one attention, or a head dim beyond what the attention kernels hold.
     """
-    if segment.ops[-1].name != "select" and plan.problem.head_dim > WIDEST:
-        raise LoweringError(f"head dim {plan.problem.head_dim} is beyond {WIDEST}, the widest its kernels hold")
-    return Lowered(segment, plan, torch.device(str(device)))
+    stages = Stages.of(segment)
+    _check(stages, segment, plan)
+    with all_modes_off():  # constants serve later calls too, whatever modes the caller is under now
+        return Lowered(segment, stages, plan, torch.device(str(device)), captured)
+
+
+def _check(stages: Stages, segment: Segment, plan: Plan) -> None:
+    """Refuse, with a LoweringError, what the kernels do not compute exactly as it is defined."""
+    attend, chosen = stages.attend, stages.select
+    if stages.attend_means is not None and attend is None:
+        raise LoweringError("means are attended in the same kernel as tokens")
+    if attend is None:
+        return
+    q, kv_len = plan.types[attend.q], plan.types[attend.k].shape[2]
+    if q.shape[3] > LARGEST_HEAD_DIM:
+        raise LoweringError(f"head dim {q.shape[3]} is beyond {LARGEST_HEAD_DIM}, the largest its kernels hold")
+    if attend.lengths_on_queries and q.shape[2] != kv_len:
+        raise LoweringError("lengths of keys on queries of another length")
+    if chosen is not None and chosen.lengths != attend.lengths:
+        raise LoweringError("selection and attention read other lengths")
+    if chosen is not None and (chosen.kv.length, chosen.kv.block) != (kv_len, attend.block[1]):
+        raise LoweringError("selection and attention cut keys into other blocks")
+    if stages.attend_means is not None and stages.attend_means.kv_len != kv_len:
+        raise LoweringError("means of other keys than are attended")
+    if stages.merge is not None:
+        between = {*stages.merge.reads}.intersection(segment.outputs)
+        if between:
+            raise LoweringError(f"{min(between)} is read outside, and the kernel never writes it")
 
 
 class Lowered:
-    """A run of operations on one device. Calls share constants, and the choice of a kernel, which locks itself."""
+    """A segment on one device. Calls share constants, and the choice of a kernel, which locks itself."""
 
-    def __init__(self, segment: Segment, plan: Plan, device: torch.device) -> None:
-        self._segment, self._plan, self._device = segment, plan, device
-        names = [op.name for op in segment.ops]
-        self._selects, self._summarises = "select" in names, "merge" in names
-        made = segment.ops[-1].outs
-        self._wants_lse = len(made) > 1 and made[1] in segment.outputs
-        self._wanted = Wanted(mask="%mask" in segment.outputs, bias=self._summarises)
+    def __init__(
+        self, segment: Segment, stages: Stages, plan: Plan, device: torch.device, captured: CapturedTensors
+    ) -> None:
+        self._segment, self._stages, self._plan, self._device = segment, stages, plan, device
+        self._captured = captured
+        self._wants_lse = stages.lse is not None and segment.wants(stages.lse)
+        self._extras = Extras(
+            mask=stages.select is not None and segment.wants(stages.select.mask), bias=stages.attend_means is not None
+        )
         # A log-sum-exp is good to float32's last digits, which means rounded to 16 bits are not.
-        self._mean_is_wide = self._wants_lse or plan.problem.dtype == "float32"
-        mean_dtype = torch.float32 if self._mean_is_wide else getattr(torch, plan.problem.dtype)
-        self._attend = None
-        if "attend" in names:
-            self._attend = Attend.of(plan, device, mean_dtype=mean_dtype if self._summarises else None)
-        q, kv = plan.q_axis, plan.kv_axis
-        order = self._order(q, kv)
-        self._q_order, self._kv_order = (order if self._walks(axis) else None for axis in (q, kv))
-        if isinstance(plan.policy, TopK) and self._selects:
-            self._quotas = torch.tensor(plan.policy.row_quotas(q, kv), dtype=torch.int32, device=device)
-        self._every = every_block(kv.blocks, device) if plan.is_dense else None
-        sequences = plan.problem.batch * plan.problem.heads
-        counts = plan.row_counts
-        self._tiles = None if counts is None else heavy_first(counts, sequences, device)
+        attend = stages.attend
+        self._has_wide_means = self._wants_lse or (attend is not None and plan.types[attend.q].dtype == "float32")
+        self._folds = folds_of(stages, segment, has_wide_means=self._has_wide_means)
+        self._orders = {fold.order: self._order(fold.order) for fold in self._folds if fold.order is not None}
+        if attend is not None and attend.order is not None:
+            self._orders[attend.order] = self._order(attend.order)
+        self._precision = hardware.precision(device)
+        self._every: BlockLists | None = None
+        self._tiles: Tensor | None = None
+        self._kernel = None if attend is None else self._prepare(attend)
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        """The values named by ``segment.outputs`` from those named by ``segment.inputs``."""
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            _captured.add(self)
-        values = dict(zip(self._segment.inputs, tensors, strict=True))
-        q, k, v = self.fold(values)
-        lists = self.list(q, k, values.get("%mask"))
-        made: dict[str, Tensor | None] = {} if lists.mask is None else {"%mask": lists.mask}
-        if self._attend is not None:
-            assert v is not None
-            made.update(zip(self._segment.ops[-1].outs, self.attend(q, k, v, lists), strict=False))
-        return tuple(made[name] for name in self._segment.outputs)
+    def _prepare(self, attend: Attend) -> AttentionKernel:
+        """Constants of the attention, and its kernel."""
+        plan, device = self._plan, self._device
+        self._shape = plan.types[attend.q].shape
+        batch, heads, kv_len = *self._shape[:2], plan.types[attend.k].shape[2]
+        self._kv = BlockedAxis(kv_len, attend.block[1], False, kv_len)
+        counts = plan.counts_of(attend.mask)
+        if counts is not None:
+            self._tiles = heavy_first(counts, batch, heads, device)
+        is_dense = attend.mask is None or isinstance(plan.maker(attend.mask), AllBlocks)
+        if is_dense and self._stages.attend_means is None:
+            self._every = every_block(self._kv.blocks, device)
+        self._may_keep_nothing = _may_keep_nothing(attend, plan, counts)
+        dtype = plan.types[attend.q].dtype
+        mean_dtype = torch.float32 if self._has_wide_means else getattr(torch, dtype)
+        is_read = any(self._stages.out in op.reads for op in plan.ops if op not in self._segment.ops)
+        # Triton's interpreter cuts numbers off instead of rounding them to bfloat16, so there it writes float32.
+        is_wide = is_read or hardware.architecture(device) == hardware.INTERPRETED
+        self._out_dtype = torch.float32 if is_wide else getattr(torch, dtype)
+        return AttentionKernel.of(attend, plan, device, mean_dtype if self._stages.attend_means is not None else None)
+
+    @property
+    def kernel(self) -> AttentionKernel | None:
+        """The attention kernel, where the segment attends."""
+        return self._kernel
+
+    def with_kernel(self, kernel: AttentionKernel) -> Lowered:
+        """The same segment with another attention kernel, for comparisons."""
+        other = object.__new__(Lowered)
+        other.__dict__.update(self.__dict__, _kernel=kernel)
+        return other
 
     @property
     def how(self) -> str:
         """Which attention kernel this is, for `print(executable)`."""
-        return "" if self._attend is None else str(self._attend)
+        return "" if self._kernel is None else str(self._kernel)
 
-    def _walks(self, axis: BlockedAxis) -> bool:
-        """Whether the tokens of one side are walked through the order, rather than as they stand."""
-        return axis.ordered and self._plan.order == "window" and not self._plan.is_dense
+    def __call__(self, values: Values) -> dict[str, Tensor]:
+        """The values named by ``segment.outputs`` from those named by ``segment.inputs``."""
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.keep(self._constants(values))
+        blocks = self.fold(values)
+        results = dict(blocks.means)
+        lists = self.list(values, blocks, results)
+        if self._kernel is not None:
+            assert lists is not None
+            out, lse = self.attend(values, blocks, lists)
+            assert self._stages.out is not None
+            results[self._stages.out] = out
+            if lse is not None:
+                assert self._stages.lse is not None
+                results[self._stages.lse] = lse
+        return {name: results[name] for name in self._segment.outputs}
 
-    def _order(self, *axes: BlockedAxis) -> Tensor | None:
-        """Position to token, where a side needs it."""
-        if not any(self._walks(axis) for axis in axes):
+    # -- stages ------------------------------------------------------------------------------------
+
+    def fold(self, values: Values) -> Blocks:
+        """Tokens in block order, and the means that something reads."""
+        blocks = Blocks()
+        for fold in self._folds:
+            x = values[fold.x]
+            order = self._ordered(values, fold.order)
+            lengths = None if fold.lengths is None else values[fold.lengths]
+            copy = bool(fold.attended_as) and self._kernel is not None and self._kernel.wants_copy(x, order, lengths)
+            folded = fold_blocks(
+                x,
+                order,
+                fold.block,
+                lengths,
+                copy=copy,
+                mean=fold.mean is not None,
+                half_mean=fold.half_mean is not None,
+            )
+            for operand in fold.attended_as:
+                blocks.tokens[operand] = folded.tokens
+            if fold.mean is not None and folded.mean is not None:
+                blocks.means[fold.mean] = folded.mean
+            if fold.half_mean is not None and folded.half_mean is not None:
+                blocks.half_means[fold.half_mean] = folded.half_mean
+        return blocks
+
+    def list(self, values: Values, blocks: Blocks, results: dict[str, Tensor] | None = None) -> BlockLists | None:
+        """The key blocks that every query block keeps, where something reads them.
+
+        Args:
+            results: takes the score and the mask, where something outside reads them.
+        """
+        results = {} if results is None else results
+        score, chosen, attend = self._stages.score, self._stages.select, self._stages.attend
+        scores = None if score is None else self._score(score, values, blocks)
+        if score is not None and scores is not None and self._segment.wants(score.score):
+            results[score.score] = scores
+        if chosen is not None:
+            lists = self._select(chosen, values, scores)
+            if lists.mask is not None:
+                results[chosen.mask] = lists.mask
+            return lists
+        if attend is None:
             return None
-        return torch.tensor(self._plan.layout.order, dtype=torch.int32, device=self._device)
-
-    def fold(self, values: dict[str, Tensor]) -> tuple[Folded, Folded, Folded | None]:
-        """q, k and v in the order of their blocks, with the means that something reads."""
-
-        def fold(name: str, order: Tensor | None, side: int, *, scored: bool, attended: bool) -> Folded:
-            x = values[name]
-            copy = self._attend is not None and self._attend.wants_copy(x, order)
-            mean = scored or (attended and self._mean_is_wide)
-            half_mean = attended and not self._mean_is_wide
-            return fold_blocks(x, order, self._plan.block[side], copy=copy, mean=mean, half_mean=half_mean)
-
-        q = fold("%q", self._q_order, 0, scored=self._selects, attended=False)
-        k = fold("%k", self._kv_order, 1, scored=self._selects, attended=self._summarises)
-        if self._attend is None:
-            return q, k, None
-        return q, k, fold("%v", self._kv_order, 1, scored=False, attended=self._summarises)
-
-    def list(self, q: Folded, k: Folded, mask: Tensor | None) -> BlockLists:
-        """The key blocks every query block keeps."""
         if self._every is not None:
             return self._every
-        if mask is not None:
-            return list_blocks(mask, self._plan.kv_axis, self._wanted)
-        plan, rows, kv = self._plan, self._plan.q_axis, self._plan.kv_axis
-        assert q.mean is not None
-        assert k.mean is not None
-        precision = chip.precision(self._device)
-        score = score_blocks(q.mean, k.mean, plan.problem.scale, rows.free_blocks, precision)
-        if isinstance(plan.policy, TopK):
-            return select_top_k(score, self._quotas, rows.blocks, kv, self._wanted)
-        assert isinstance(plan.policy, TopP)
-        return select_top_p(score, plan.policy, rows.blocks, kv, self._wanted)
+        assert attend.mask is not None
+        lengths = None if attend.lengths is None else values[attend.lengths]
+        return list_blocks(values[attend.mask], lengths, self._kv, self._extras)
 
-    def attend(self, q: Folded, k: Folded, v: Folded, lists: BlockLists) -> tuple[Tensor, Tensor | None]:
-        """Output, and log-sum-exp where somebody reads it, over the listed blocks."""
-        assert self._attend is not None
-        problem = self._plan.problem
-        means = None
-        if self._summarises:
-            mean_k, mean_v = (x.mean if self._mean_is_wide else x.half_mean for x in (k, v))
-            assert mean_k is not None
-            assert mean_v is not None
-            means = Means(mean_k, mean_v)
-        given = Attention(
-            q.tokens,
-            k.tokens,
-            v.tokens,
-            problem.q_len,
-            problem.kv_len,
-            self._plan.block,
+    def attend(self, values: Values, blocks: Blocks, lists: BlockLists) -> tuple[Tensor, Tensor | None]:
+        """Output, and log-sum-exp where something reads it, over the listed blocks."""
+        op, kernel = self._stages.attend, self._kernel
+        assert op is not None
+        assert kernel is not None
+        tokens = blocks.tokens
+        attention = Attention(
+            tokens["q"],
+            tokens["k"],
+            tokens["v"],
+            self._shape[2],
+            self._kv.length,
+            op.block,
             lists,
             heavy_first_on_device(lists.counts) if self._tiles is None else self._tiles,
-            problem.scale,
-            out_order=self._q_order,
-            means=means,
+            op.scale,
+            out_order=self._ordered(values, op.order),
+            means=self._means(values, blocks),
+            lengths=None if op.lengths is None else values[op.lengths],
+            lengths_on_queries=op.lengths_on_queries,
+            may_keep_nothing=self._may_keep_nothing,
         )
-        out = _empty_output(q.tokens, problem.q_shape, problem.tensor_layout)
-        lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device) if self._wants_lse else None
-        self._attend(given, out, lse)
+        out = self._empty_output(tokens["q"])
+        lse = torch.empty(self._shape[:3], dtype=torch.float32, device=out.device) if self._wants_lse else None
+        kernel(attention, out, lse)
         return out, lse
 
+    # -- parts of stages ---------------------------------------------------------------------------
 
-def _empty_output(like: Tensor, shape: tuple[int, ...], tensor_layout: str) -> Tensor:
-    """``[B, H, q_len, D]``, contiguous once the caller sees it in its own layout.
+    def _score(self, op: BlockScore, values: Values, blocks: Blocks) -> Tensor:
+        qb, kb = (_mean(name, values, blocks) for name in (op.qb, op.kb))
+        chosen = self._stages.select
+        is_partial = chosen is not None and not self._segment.wants(op.score)
+        rows = chosen.q.free_blocks if chosen is not None and is_partial else qb.shape[2]
+        prior = None if op.prior is None else values[op.prior].contiguous()
+        return score_blocks(qb, kb, op.scale, rows, self._precision, prior)
 
-    Triton's interpreter cuts numbers off instead of rounding them to bfloat16, so there it writes float32.
-    """
-    interpreted = chip.architecture(like.device) == chip.INTERPRETED
-    out = like.new_empty(shape, dtype=torch.float32 if interpreted else like.dtype)
-    return out if tensor_layout == "bhsd" else out.transpose(1, 2)
+    def _select(self, op: Select, values: Values, scores: Tensor | None) -> BlockLists:
+        scores = values[op.score].contiguous() if scores is None else scores
+        quotas = values[op.quotas].to(torch.int32).contiguous()
+        lengths = None if op.lengths is None else values[op.lengths]
+        return select_blocks(scores, quotas, lengths, op, self._extras)
+
+    def _means(self, values: Values, blocks: Blocks) -> Means | None:
+        op = self._stages.attend_means
+        if op is None:
+            return None
+        if self._has_wide_means:
+            return Means(_mean(op.kb, values, blocks), _mean(op.vb, values, blocks))
+        dtype = getattr(torch, self._plan.types[op.q].dtype)
+        kb, vb = (
+            blocks.half_means[name] if name in blocks.half_means else values[name].to(dtype).contiguous()
+            for name in (op.kb, op.vb)
+        )
+        return Means(kb, vb)
+
+    def _empty_output(self, like: Tensor) -> Tensor:
+        """``[B, H, q_len, D]``, contiguous once the caller sees it in its own layout."""
+        if self._plan.problem.tensor_layout == "bhsd":
+            return like.new_empty(self._shape, dtype=self._out_dtype)
+        batch, heads, length, dim = self._shape
+        return like.new_empty((batch, length, heads, dim), dtype=self._out_dtype).transpose(1, 2)
+
+    # -- constants ---------------------------------------------------------------------------------
+
+    def _order(self, name: str) -> Tensor | None:
+        """An order that planning knows, int32 on the device, one for all plans with the same layout; else None."""
+        maker = self._plan.maker(name)
+        if maker is None or maker.reads:
+            return None
+        anonymous = replace(maker, **{role: f"%{role}" for role in maker.results})  # type: ignore[arg-type]
+        role = next(role for role, made in maker.results.items() if made == name)
+        key = (str(self._device), anonymous, role)
+        known = _orders.get(key)
+        if known is None:
+            order = self._plan.constant(name)
+            known = _orders[key] = torch.tensor(order, dtype=torch.int32, device=self._device)
+        return known
+
+    def _ordered(self, values: Values, name: str | None) -> Tensor | None:
+        """An order by the name of its value."""
+        if name is None:
+            return None
+        known = self._orders[name]
+        return values[name].to(torch.int32) if known is None else known
+
+    def _constants(self, values: Values) -> Iterable[Tensor]:
+        """Every tensor that calls read and callers do not own."""
+        yield from (x for x in self._orders.values() if x is not None)
+        if self._tiles is not None:
+            yield self._tiles
+        if self._every is not None:
+            yield from (self._every.counts, self._every.indices)
+        for op, operand in ((self._stages.select, "quotas"), (self._stages.score, "prior")):
+            name: str | None = getattr(op, operand, None)
+            maker = self._plan.maker(name)
+            if name is not None and maker is not None and not maker.reads:
+                yield values[name]
+
+
+_orders: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
+"""Orders on devices, for as long as something lowered reads them."""
+
+
+def _mean(name: str, values: Values, blocks: Blocks) -> Tensor:
+    """A block mean in float32, made here or outside."""
+    return blocks.means[name] if name in blocks.means else values[name].contiguous()
+
+
+def _may_keep_nothing(attend: Attend, plan: Plan, counts: np.ndarray | None) -> bool:
+    """Whether a query block may keep no key block."""
+    if counts is not None:
+        return bool((counts < 1).any())
+    chosen = plan.maker(attend.mask)
+    if not isinstance(chosen, Select):
+        return True
+    quotas = plan.constant(chosen.quotas)
+    has_protected = chosen.kv.free_blocks < chosen.kv.blocks
+    return not has_protected and (quotas is None or bool((quotas < 1).any()))

@@ -15,7 +15,7 @@ LOG2_E = 1.0 / math.log(2.0)
 
 @dataclass(frozen=True)
 class Means:
-    """The means of all key blocks; those of skipped blocks are attended, weighed by ``BlockLists.bias``.
+    """The means of all key blocks; those of omitted blocks are attended, weighted by ``BlockLists.bias``.
 
     Attributes:
         k, v: ``[B, H or fewer, key blocks, D]`` contiguous, in the dtype of the tokens or in float32.
@@ -27,7 +27,7 @@ class Means:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention call.
+    """One attention call. Tokens stand in block order.
 
     Attributes:
         q: ``[B, H, tokens, D]``; k, v: ``[B, H or fewer, tokens, D]``. Any strides.
@@ -36,10 +36,11 @@ class Attention:
         lists: the key blocks each query block keeps, with their bias where there are means.
         tiles: int32 ``[B * H * q blocks]``, the query blocks in the order in which they are started.
         scale: factor on the logits.
-        q_order, kv_order: int32, position to token, where q or k and v are read through it; None where they stand in
-            block order. Only the plain kernel takes them, and no plan is lowered so: folding first was faster.
-        out_order: the same for the output.
-        means: what stands for skipped blocks, if these count.
+        out_order: int32, position to token, where the output is written in another order than that of the blocks.
+        means: what stands for omitted blocks, if these count.
+        lengths: int32 ``[B]``, valid keys of each sample; the others take no part.
+        lengths_on_queries: queries at or beyond the length give output 0 and log-sum-exp minus infinity.
+        may_keep_nothing: whether a row of `lists` may be empty.
     """
 
     q: Tensor
@@ -51,10 +52,11 @@ class Attention:
     lists: BlockLists
     tiles: Tensor
     scale: float
-    q_order: Tensor | None = None
-    kv_order: Tensor | None = None
     out_order: Tensor | None = None
     means: Means | None = None
+    lengths: Tensor | None = None
+    lengths_on_queries: bool = False
+    may_keep_nothing: bool = True
 
     @property
     def q_blocks(self) -> int:

@@ -1,8 +1,9 @@
-"""select: which key blocks each query block keeps, as ascending lists on the device. Nothing waits for the host.
+"""select: which key blocks each query block keeps, as ascending lists on the device, without a wait for the host.
 
-A row is one program. Both policies are one search: float32 scores become integers of the same order, and bisection
-finds the least score before which less than a budget has been spent. `TopK` spends one a block, `TopP` the block's
-softmax weight. Of the blocks with exactly that score the first ones are taken, as many as the budget allows.
+A row is one program. Quotas and softmax mass are one search (ours): float32 scores become integers of the same order,
+and bisection finds the smallest score before which less than a budget has been spent. A quota spends one a block, the
+mass the block's softmax weight. Of the blocks with exactly that score the first ones are taken, as many as the budget
+allows. A row keeps the union of both.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rainfusion.core.layout import BlockedAxis
-from rainfusion.core.policy import TopP
+from rainfusion.core.ops import Select
 
-MEANS_A_STEP = 128  # attention takes the means of skipped blocks so many at a time
+MEANS_A_STEP = 128  # attention takes the means of omitted blocks so many at a time
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,11 @@ class BlockLists:
     """Kept key blocks of every query block, query blocks numbered as in ``[batch, heads, q blocks]``.
 
     Attributes:
-        counts: int32 ``[rows]``, or ``[1]`` where all rows are alike.
-        indices: int32 ``[rows, key blocks]``, or ``[1, key blocks]``: ascending, the first `counts` are valid. A row
-            that keeps nothing, which only a mask written to after it was checked can have, holds no valid index:
-            kernels may read anything there, and must neither hang nor leave the tensors for it.
-        mask: bool ``[batch, heads, q blocks, key blocks]``, where something returns it.
-        bias: float32 ``[rows, key blocks in whole steps]``, where means stand for skipped blocks: what is added to
+        counts: int32 ``[rows]``, or ``[1]`` where all rows are alike. A row may keep nothing.
+        indices: int32 ``[rows, key blocks]``, or ``[1, key blocks]``: ascending, the first `counts` are valid and the
+            others undefined. Blocks without a valid token under `lengths` are not listed.
+        mask: bool ``[batch, heads, q blocks, key blocks]``, where something reads it.
+        bias: float32 ``[rows, key blocks in whole steps]``, where means stand for omitted blocks: what is added to
             their logits, the base-2 log of the tokens they stand for; minus infinity for blocks that are kept.
     """
 
@@ -47,60 +48,46 @@ class BlockLists:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What else is made with the lists."""
+class Extras:
+    """What else is written with the lists."""
 
     mask: bool = False
     bias: bool = False
 
 
-def select_top_k(score: Tensor, quotas: Tensor, rows: int, kv: BlockedAxis, wanted: Wanted) -> BlockLists:
-    """Exactly ``quotas[i]`` unprotected blocks for row i, the best first, ties to the lower index.
+def select_blocks(score: Tensor, quotas: Tensor, lengths: Tensor | None, op: Select, extras: Extras) -> BlockLists:
+    """The kept blocks as `op` defines them.
 
     Args:
-        score: float32 ``[B, H, unprotected rows, key blocks]``.
-        quotas: int32 ``[unprotected rows]``.
-        rows: query blocks, protected ones counted in.
+        score: float32 ``[B, H, rows, key blocks]`` contiguous, of all query blocks or of the unprotected ones.
+        quotas: int32 ``[H or 1, unprotected rows]`` contiguous.
+        lengths: int32 ``[B]``, or None.
     """
-    return _select(score, rows, kv, wanted, quotas=quotas)
-
-
-def select_top_p(score: Tensor, policy: TopP, rows: int, kv: BlockedAxis, wanted: Wanted) -> BlockLists:
-    """The fewest best unprotected blocks that, with the protected ones, hold the policy's share of a row's softmax.
-
-    Args:
-        score, rows: as in `select_top_k`.
-    """
-    return _select(score, rows, kv, wanted, mass=policy.mass, least=policy.least(kv))
-
-
-def _select(
-    score: Tensor,
-    rows: int,
-    kv: BlockedAxis,
-    wanted: Wanted,
-    *,
-    quotas: Tensor | None = None,
-    mass: float = 0.0,
-    least: int = 0,
-) -> BlockLists:
-    batch, heads, free_rows, blocks = score.shape
-    lists = _empty((batch, heads, rows, blocks), score.device, wanted)
-    width = _width(blocks, wanted)
-    _select_row[(batch * heads * rows,)](
+    batch, heads, score_rows, blocks = score.shape
+    q, kv = op.q, op.kv
+    lists = _empty((batch, heads, q.blocks, blocks), score.device, extras)
+    width = _width(blocks, extras)
+    _select_row[(batch * heads * q.blocks,)](
         score,
         quotas,
+        lengths,
         lists.counts,
         lists.indices,
         lists.mask,
         lists.bias,
-        mass,
-        least,
+        0.0 if op.mass is None else op.mass,
         *_log_tokens(kv),
-        rows,
-        free_rows,
+        kv.length,
+        heads,
+        q.blocks,
+        q.free_blocks,
+        score_rows,
+        q.free_blocks if quotas.shape[0] > 1 else 0,
         kv.free_blocks,
         blocks,
+        BLOCK=kv.block,
+        MASS=op.mass is not None,
+        OVER_ALL=op.over == "all",
         WIDTH=width,
         num_warps=_warps(width),
         enable_fp_fusion=True,
@@ -108,19 +95,23 @@ def _select(
     return lists
 
 
-def list_blocks(mask: Tensor, kv: BlockedAxis, wanted: Wanted) -> BlockLists:
-    """The lists of a given mask, bool ``[B, H, q blocks, key blocks]`` of any strides."""
+def list_blocks(mask: Tensor, lengths: Tensor | None, kv: BlockedAxis, extras: Extras) -> BlockLists:
+    """The lists of a given mask, bool ``[B, H, q blocks, key blocks]`` of any strides, with that mask itself."""
     mask = mask.contiguous()
     batch, heads, rows, blocks = mask.shape
-    lists = _empty((batch, heads, rows, blocks), mask.device, Wanted(bias=wanted.bias))
-    width = _width(blocks, wanted)
+    lists = _empty((batch, heads, rows, blocks), mask.device, Extras(bias=extras.bias))
+    width = _width(blocks, extras)
     _list_row[(batch * heads * rows,)](
         mask,
+        lengths,
         lists.counts,
         lists.indices,
         lists.bias,
         *_log_tokens(kv),
+        kv.length,
+        heads * rows,
         blocks,
+        BLOCK=kv.block,
         WIDTH=width,
         num_warps=_warps(width),
         enable_fp_fusion=True,
@@ -134,19 +125,42 @@ def every_block(blocks: int, device: torch.device) -> BlockLists:
     return BlockLists(*(torch.tensor(x, dtype=torch.int32, device=device) for x in (counts, indices)))
 
 
-def _empty(shape: tuple[int, int, int, int], device: torch.device, wanted: Wanted) -> BlockLists:
+def heavy_first(counts: np.ndarray, batch: int, heads: int, device: torch.device) -> Tensor:
+    """The order in which query blocks are started, rows that keep many blocks first, so that none is left for the end.
+
+    Rows of a first frame keep every key block, several times what others keep; started last, they would run alone.
+    Rows of about the same length stay together head by head, so that programs running at once share a head's keys.
+
+    Args:
+        counts: int ``[heads or 1, q blocks]``, the kept blocks of a row.
+
+    Returns:
+        int32 ``[batch * heads * q blocks]``, numbered as in ``[batch, heads, q blocks]``.
+    """
+    weight = np.log2(np.maximum(counts, 1)).astype(np.int64)
+    every = np.broadcast_to(weight, (batch, heads, weight.shape[-1])).reshape(-1)
+    return torch.tensor(np.argsort(-every, kind="stable"), dtype=torch.int32, device=device)
+
+
+def heavy_first_on_device(counts: Tensor) -> Tensor:
+    """The same from counts that only the device knows, int32 ``[rows]``; nothing waits for the host."""
+    weight = torch.log2(counts.clamp(min=1).float()).to(torch.uint8)
+    return torch.sort(weight, descending=True, stable=True)[1].to(torch.int32)
+
+
+def _empty(shape: tuple[int, int, int, int], device: torch.device, extras: Extras) -> BlockLists:
     rows, blocks = math.prod(shape[:3]), shape[3]
     steps = triton.cdiv(blocks, MEANS_A_STEP)
     return BlockLists(
         torch.empty(rows, dtype=torch.int32, device=device),
         torch.empty((rows, blocks), dtype=torch.int32, device=device),
-        torch.empty(shape, dtype=torch.bool, device=device) if wanted.mask else None,
-        torch.empty((rows, steps * MEANS_A_STEP), dtype=torch.float32, device=device) if wanted.bias else None,
+        torch.empty(shape, dtype=torch.bool, device=device) if extras.mask else None,
+        torch.empty((rows, steps * MEANS_A_STEP), dtype=torch.float32, device=device) if extras.bias else None,
     )
 
 
-def _width(blocks: int, wanted: Wanted) -> int:
-    return max(int(triton.next_power_of_2(blocks)), MEANS_A_STEP if wanted.bias else 1)
+def _width(blocks: int, extras: Extras) -> int:
+    return max(int(triton.next_power_of_2(blocks)), MEANS_A_STEP if extras.bias else 1)
 
 
 def _warps(width: int) -> int:
@@ -162,58 +176,95 @@ def _log_tokens(kv: BlockedAxis) -> tuple[float, float]:
 def _select_row(
     score,
     quotas,
+    lengths,
     counts,
     indices,
     mask,
     bias,
     mass,
-    least,
     log_tokens,
     log_last,
+    kv_len,
+    heads,
     rows,
     free_rows,
+    score_rows,
+    quota_stride,
     free_blocks,
     blocks,
+    BLOCK: tl.constexpr,
+    MASS: tl.constexpr,
+    OVER_ALL: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     line = tl.program_id(0).to(tl.int64)
     bh, row = line // rows, line % rows
     column = tl.arange(0, WIDTH)
     there = column < blocks
-    log_weight = tl.where(column == blocks - 1, log_last, log_tokens)
+    log_weight, valid = _tokens_of(column, lengths, bh // heads, log_tokens, log_last, kv_len, blocks, BLOCK)
     kept = there
     if row < free_rows:
         free = column < free_blocks
-        value = tl.load(score + (bh * free_rows + row) * blocks + column, mask=there, other=float("-inf"))
-        value = tl.where(value == value, value, float("-inf"))  # NaN is chosen last
+        value = tl.load(score + (bh * score_rows + row) * blocks + column, mask=there, other=float("-inf"))
+        value = tl.where((value == value) & valid, value, float("-inf"))  # NaN and padding are chosen last
         rank = _ordered(value)
-        if quotas is not None:
-            best = _spend(rank, free.to(tl.float32), free, tl.load(quotas + row).to(tl.float32))
-        else:
+        quota = tl.load(quotas + bh % heads * quota_stride + row).to(tl.float32)
+        candidate = free
+        if OVER_ALL:
+            candidate = there
+        best = _spend(rank, candidate.to(tl.float32), candidate, quota)
+        if MASS:
             weight = _softmax_weights(value + log_weight, there)
             protected = tl.sum(tl.where(free, 0.0, weight), axis=0)
-            best = _spend(rank, tl.where(free, weight, 0.0), free, mass * tl.sum(weight, axis=0) - protected)
-            best = best | _spend(rank, free.to(tl.float32), free, least * 1.0)
+            best = best | _spend(rank, tl.where(free, weight, 0.0), free, mass * tl.sum(weight, axis=0) - protected)
         kept = there & (best | (column >= free_blocks))
-    _write(kept, column, there, log_weight, line, counts, indices, mask, bias, blocks)
+    _write(kept, valid, column, there, log_weight, line, counts, indices, mask, bias, blocks)
 
 
 @triton.jit
-def _list_row(mask, counts, indices, bias, log_tokens, log_last, blocks, WIDTH: tl.constexpr):
+def _list_row(
+    mask,
+    lengths,
+    counts,
+    indices,
+    bias,
+    log_tokens,
+    log_last,
+    kv_len,
+    rows_a_sample,
+    blocks,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     line = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     there = column < blocks
-    log_weight = tl.where(column == blocks - 1, log_last, log_tokens)
+    sample = line // rows_a_sample
+    log_weight, valid = _tokens_of(column, lengths, sample, log_tokens, log_last, kv_len, blocks, BLOCK)
     kept = tl.load(mask + line * blocks + column, mask=there, other=0) != 0
-    _write(kept & there, column, there, log_weight, line, counts, indices, None, bias, blocks)
+    _write(kept & there, valid, column, there, log_weight, line, counts, indices, None, bias, blocks)
 
 
 @triton.jit
-def _write(kept, column, there, log_weight, line, counts, indices, mask, bias, blocks):
+def _tokens_of(column, lengths, sample, log_tokens, log_last, kv_len, blocks, BLOCK: tl.constexpr):
+    """The log of every block's valid tokens, and which blocks have any."""
+    valid = column < blocks
+    log = tl.where(column == blocks - 1, log_last, log_tokens)
+    if lengths is not None:
+        tokens = tl.minimum(tl.load(lengths + sample).to(tl.int32), kv_len) - column * BLOCK
+        valid = tokens > 0
+        log = tl.log(tl.maximum(tl.minimum(tokens, BLOCK), 1).to(tl.float32))
+        log = tl.where(valid, log, float("-inf"))
+    return log, valid
+
+
+@triton.jit
+def _write(kept, valid, column, there, log_weight, line, counts, indices, mask, bias, blocks):
     """A row of the lists: its count, its kept columns one after the other, its row of the mask and of the bias."""
-    place = tl.cumsum(kept.to(tl.int32), axis=0)
-    tl.store(indices + line * blocks + place - 1, column, mask=kept)
-    tl.store(counts + line, tl.sum(kept.to(tl.int32), axis=0))
+    listed = kept & valid
+    place = tl.cumsum(listed.to(tl.int32), axis=0)
+    tl.store(indices + line * blocks + place - 1, column, mask=listed)
+    tl.store(counts + line, tl.sum(listed.to(tl.int32), axis=0))
     if mask is not None:
         tl.store(mask + line * blocks + column, kept, mask=there)
     if bias is not None:
@@ -245,7 +296,7 @@ def _spend(rank, cost, free, budget):
 
 @triton.jit
 def _softmax_weights(logit, there):
-    """Weights of a row's blocks, as `semantics.select` defines them: an infinite logit takes all the mass."""
+    """Weights of a row's blocks, as `Select` defines them: an infinite logit takes all the mass."""
     largest = 3.4028234663852886e38
     logit = tl.where(there, tl.minimum(logit, largest), float("-inf"))
     peak = tl.max(logit, axis=0)

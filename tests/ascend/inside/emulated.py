@@ -1,4 +1,4 @@
-"""Operators by their real schemas, on CPU tensors by the semantics, and the backend on them.
+"""Operators by their real schemas, on CPU tensors by the definitions, and the backend on them.
 
 torch_npu's schemas are read from the wheel's own list; MindIE-SD is on no package index, so its are written down.
 """
@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from rainfusion.backends.torch_npu import detection, ladder, operators
+from rainfusion.backends.torch_npu import calls, detection, operators
 from rainfusion.backends.torch_npu.backend import TorchNpuBackend
-from rainfusion.backends.torch_npu.chips import CHIPS, Chip
-from rainfusion.backends.torch_npu.rung import Rung
-from rainfusion.core import semantics
+from rainfusion.backends.torch_npu.detection import CHIPS, Chip
+from rainfusion.backends.torch_npu.operators import Operator
 from rainfusion.core.backend import Device
-from rainfusion.plugins.conformance.cases import Case, builtin_cases
-from rainfusion.plugins.conformance.target import Target
+from rainfusion.core.ops import attend
+from rainfusion.testing.cases import Case, builtin_cases
+from rainfusion.testing.target import Target
 
 A2, A3, ASCEND_950 = CHIPS
 CPU = Device("cpu")
@@ -51,7 +51,7 @@ class Emulated:
         self._libraries: list[torch.library.Library] = []
 
     def torch_npu(self) -> Emulated:
-        """Register the operators of the wheel that the ladder can call."""
+        """Register the operators of the wheel that the backend can call."""
         listed = Path(os.environ["TORCH_NPU_SCHEMAS"]).read_text(encoding="utf-8")
         names = ("npu_block_sparse_attention", "npu_fusion_attention")
         schemas = [re.search(rf"func: ({name}\(.*)", listed)[1] for name in names]  # type: ignore[index]
@@ -72,7 +72,7 @@ class Emulated:
         return self
 
     def _recorded(self, operator: str) -> Any:
-        declared = operators._operator(operator)._schema.arguments
+        declared = calls._operator(operator)._schema.arguments
         names = [argument.name for argument in declared]
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
@@ -84,13 +84,13 @@ class Emulated:
 
 
 def _by_block_mask(given: dict[str, Any]) -> Any:
-    out, lse = semantics.attend(
+    mask = given["block_sparse_mask"].bool()
+    assert mask.any(dim=-1).all(), "a row without blocks is left unwritten"
+    out, lse = attend(
         given["query"],
         given["key"],
         given["value"],
-        None,
-        None,
-        given["block_sparse_mask"].bool(),
+        mask=mask,
         block=tuple(given["block_shape"]),
         scale=given["scale_value"],
     )
@@ -107,7 +107,8 @@ def _by_index_lists(given: dict[str, Any]) -> Any:
     slots = torch.arange(blocks.shape[-1]) < given["select_num_idx"].unflatten(0, (len(lengths[0]), -1)).mT[..., None]
     assert torch.equal(blocks >= 0, slots), "valid numbers come first, then -1"
     mask = torch.nn.functional.one_hot(blocks.clamp(min=0), blocks.shape[-1]).mul(slots[..., None]).sum(-2).bool()
-    out, lse = semantics.attend(q, k, v, None, None, mask, block=tuple(given["blockshape"]), scale=given["scale"])
+    assert mask.any(dim=-1).all(), "a row without blocks is not documented"
+    out, lse = attend(q, k, v, mask=mask, block=tuple(given["blockshape"]), scale=given["scale"])
     return out.to(q.dtype).transpose(1, 2).flatten(0, 1), torch.full_like(lse, torch.nan)
 
 
@@ -154,7 +155,7 @@ _KINDS = {"Tensor": torch.Tensor, "List[int]": list, "str": str, "float": float,
 
 def assert_fits(operator: str, given: dict[str, Any]) -> None:
     """Arguments have names and types that the operator's schema declares, none that it needs is left out."""
-    declared = {argument.name: argument for argument in operators._operator(operator)._schema.arguments}
+    declared = {argument.name: argument for argument in calls._operator(operator)._schema.arguments}
     assert {name for name, argument in declared.items() if not argument.has_default_value()} <= {*given} <= {*declared}
     for name, value in given.items():
         kind = str(declared[name].type)
@@ -163,18 +164,18 @@ def assert_fits(operator: str, given: dict[str, Any]) -> None:
         assert not isinstance(value, torch.Tensor) or value.is_contiguous(), f"{name} is not contiguous"
 
 
-def target(monkeypatch: Any, chip: Chip = A2, *rungs: Rung) -> Target:
-    """The backend as on a chip, with nothing remembered, on some rungs of the ladder only if these are given."""
+def target(monkeypatch: Any, chip: Chip = A2, *only: Operator) -> Target:
+    """The backend as on a chip, with nothing remembered, with some operators only if these are given."""
     monkeypatch.setattr(detection, "chip", lambda: chip)
-    monkeypatch.setattr(operators, "_lacking", {})
-    if rungs:
-        monkeypatch.setattr(ladder, "LADDER", rungs)
+    monkeypatch.setattr(calls, "_lacking", {})
+    if only:
+        monkeypatch.setattr(operators, "OPERATORS", only)
     return Target(OnCpu(), CPU)
 
 
-def rung(operator: str) -> Rung:
-    """A rung by its operator."""
-    return next(rung for rung in ladder.LADDER if rung.operator == operator)
+def by_name(name: str) -> Operator:
+    """An operator by its name in torch."""
+    return next(operator for operator in operators.OPERATORS if operator.operator == name)
 
 
 def cases(*names: str) -> list[Case]:

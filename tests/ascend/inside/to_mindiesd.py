@@ -7,19 +7,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from emulated import A2, ASCEND_950, CPU, MINDIESD_BEFORE, Emulated, assert_fits, cases, rung, target
+from emulated import A2, ASCEND_950, CPU, MINDIESD_BEFORE, Emulated, assert_fits, by_name, cases, target
 
-from rainfusion.backends.torch_npu import ladder, operators
-from rainfusion.backends.torch_npu.index_lists import kept_blocks
-from rainfusion.backends.torch_npu.rung import Wanted
+from rainfusion.backends.torch_npu import calls as vendor_calls
+from rainfusion.backends.torch_npu.operators import Request, Tensors, kept_blocks, operator_for
 from rainfusion.core.layout import TokenLayout
+from rainfusion.core.mask import BlockMask
+from rainfusion.core.ops import Attend
 from rainfusion.core.planner import plan
-from rainfusion.core.policy import Fixed, TopK
+from rainfusion.core.policies import Fixed, TopK
 from rainfusion.core.problem import AttentionProblem
-from rainfusion.plugins.conformance.oracle import expected
+from rainfusion.testing.oracle import expected
 
 BLOCK_SPARSE, INDEX_LISTS = "mindiesd::block_sparse_attention", "mindiesd::rainfusionattention"
-# A torch_npu that has none of it (2.9), so that the ladder begins with MindIE-SD.
+# A torch_npu that has none of it (2.9), so that MindIE-SD's come first.
 REGISTERED = Emulated().mindiesd()
 EVERYWHERE = (
     "video",
@@ -49,7 +50,7 @@ def test_the_block_mask(monkeypatch, calls, case):
 
 @pytest.mark.parametrize("case", cases(*EVERYWHERE), ids=str)
 def test_lists_of_kept_blocks(monkeypatch, calls, case):
-    got = target(monkeypatch, A2, rung(INDEX_LISTS)).under(case, case.mask(), lse=False)
+    got = target(monkeypatch, A2, by_name(INDEX_LISTS)).under(case, case.mask(), lse=False)
     right = expected(case, case.mask())
     np.testing.assert_allclose(got.out, right.out, rtol=0, atol=right.out_limit)
     assert {operator for operator, _ in calls} == {INDEX_LISTS}
@@ -63,10 +64,20 @@ def test_the_lists_are_those_of_every_sample():
     assert counts[:, 0].tolist() == [2, 1, 1, 3]
 
 
+def test_rows_that_keep_nothing(monkeypatch, calls):
+    problem = AttentionProblem(1, 2, 300, 300, 64, "float16")
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]], dtype=torch.bool).expand(1, 2, 3, 3)
+    on = target(monkeypatch, A2, by_name(INDEX_LISTS))
+    tensors = [torch.randn(problem.q_shape).half() for _ in range(3)]
+    out = on.lower(plan(problem, policy=Fixed()))(*tensors, mask=BlockMask(mask, 300, 300, (128, 128)))
+    assert torch.equal((out == 0).all(dim=-1)[0, 0], (torch.arange(300) >= 128) & (torch.arange(300) < 256))
+    assert len(calls) == 1
+
+
 def test_what_the_lists_operator_is_given(monkeypatch, calls):
     problem = AttentionProblem(2, 4, 300, 500, 80, "float16", 2)
     made = plan(problem, TokenLayout(block=(64, 128)), TopK(0.5))
-    on = target(monkeypatch, A2, rung(INDEX_LISTS))
+    on = target(monkeypatch, A2, by_name(INDEX_LISTS))
     on.lower(made)(*(torch.randn(shape).half() for shape in (problem.q_shape, problem.kv_shape, problem.kv_shape)))
     ((_, given),) = calls
     shapes = {name: tuple(given.pop(name).shape) for name in ("query", "key", "value", "select_idx", "select_num_idx")}
@@ -98,8 +109,9 @@ def test_every_argument_is_declared(operator):
     problem = AttentionProblem(1, 2, 300, 300, 64, "float16")
     made = plan(problem, policy=Fixed())
     tensors = [torch.zeros(problem.q_shape, dtype=torch.float16)] * 3
-    given = rung(operator).arguments(*tensors, torch.ones((1, 2, 3, 3), dtype=torch.bool), Wanted.by(made, A2))
-    assert set(given) == rung(operator).keywords
+    mask = torch.ones((1, 2, 3, 3), dtype=torch.bool)
+    given = by_name(operator).arguments(Tensors(*tensors, mask), Request.of(made.find(Attend), made, A2))
+    assert set(given) == by_name(operator).keywords
     assert_fits(operator, given)
 
 
@@ -114,12 +126,12 @@ def test_every_argument_is_declared(operator):
 )
 def test_lists_are_refused(monkeypatch, chip, how, reason):
     made = plan(AttentionProblem(1, 2, 300, 300, 64, "float16"), policy=TopK(0.5), **how)
-    on = target(monkeypatch, chip, rung(INDEX_LISTS))
+    on = target(monkeypatch, chip, by_name(INDEX_LISTS))
     assert f"{INDEX_LISTS}: {reason}" in on.backend.objections(made, CPU)
 
 
 def test_group_sizes_of_the_lists_operator(monkeypatch):
-    on = target(monkeypatch, A2, rung(INDEX_LISTS))
+    on = target(monkeypatch, A2, by_name(INDEX_LISTS))
     fits = [
         heads
         for heads in (1, 2, 3, 64, 128)
@@ -132,8 +144,8 @@ def test_group_sizes_of_the_lists_operator(monkeypatch):
 
 def test_an_older_operator_of_the_same_name_is_told_apart(monkeypatch):
     schema = torch._C.parse_schema(f"mindiesd::{MINDIESD_BEFORE}")
-    monkeypatch.setattr(operators, "_operator", lambda operator: type("Before", (), {"_schema": schema}))
-    said = operators.trouble(BLOCK_SPARSE, rung(BLOCK_SPARSE).keywords)
+    monkeypatch.setattr(vendor_calls, "_operator", lambda operator: type("Before", (), {"_schema": schema}))
+    said = vendor_calls.trouble(BLOCK_SPARSE, by_name(BLOCK_SPARSE).keywords)
     assert said.startswith("the one installed has another form, without actual_seq_lengths, ")
     assert "block_sparse_mask" in said
 
@@ -141,15 +153,15 @@ def test_an_older_operator_of_the_same_name_is_told_apart(monkeypatch):
 def test_mindie_sd_that_fails_to_import_is_a_reason(monkeypatch, tmp_path):
     (tmp_path / "mindiesd.py").write_text("import os\nraise OSError('libPTAExtensionOPS.so: no such file')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    operators._mindiesd_trouble.cache_clear()
-    said = operators.trouble("mindiesd::no_such_operator", frozenset())
-    operators._mindiesd_trouble.cache_clear()
+    vendor_calls._mindiesd_trouble.cache_clear()
+    said = vendor_calls.trouble("mindiesd::no_such_operator", frozenset())
+    vendor_calls._mindiesd_trouble.cache_clear()
     assert said == "importing mindiesd failed: OSError: libPTAExtensionOPS.so: no such file"
     sys.modules.pop("mindiesd", None)
 
 
 def test_without_mindie_sd_it_is_not_looked_for_where_it_is_not_needed(monkeypatch):
-    monkeypatch.setattr(operators, "_mindiesd_trouble", lambda: pytest.fail("imported"))
+    monkeypatch.setattr(vendor_calls, "_mindiesd_trouble", lambda: pytest.fail("imported"))
     made = plan(AttentionProblem(1, 2, 300, 300, 64, "float16"), policy=TopK(0.5))
     target(monkeypatch)
-    assert ladder.rung_for(Wanted.by(made, A2)).operator == BLOCK_SPARSE
+    assert operator_for(Request.of(made.find(Attend), made, A2)).operator == BLOCK_SPARSE

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from emulated import A2, A3, ASCEND_950, CPU, Emulated, assert_fits, cases, rung, target
+from emulated import A2, A3, ASCEND_950, CPU, Emulated, assert_fits, by_name, cases, target
 
-from rainfusion.backends.torch_npu import block_means, detection, fusion_attention, ladder, operators
-from rainfusion.backends.torch_npu.chips import CHIPS, chip_of
-from rainfusion.backends.torch_npu.rung import Wanted
+from rainfusion.backends.reference import ReferenceBackend
+from rainfusion.backends.torch_npu import calls as vendor_calls
+from rainfusion.backends.torch_npu import detection, lowering, operators
+from rainfusion.backends.torch_npu.detection import CHIPS, chip_of
+from rainfusion.backends.torch_npu.operators import Request, Tensors
 from rainfusion.core.errors import BackendUnavailableError, LoweringError, RainfusionWarning
 from rainfusion.core.layout import TokenLayout
-from rainfusion.core.lower import lower
+from rainfusion.core.lowering import lower
 from rainfusion.core.mask import BlockMask
+from rainfusion.core.ops import Attend, Op, operand, result
+from rainfusion.core.plan import Plan
 from rainfusion.core.planner import plan
-from rainfusion.core.policy import Fixed, TopK
+from rainfusion.core.policies import Fixed, TopK
 from rainfusion.core.problem import AttentionProblem
-from rainfusion.plugins.conformance.oracle import expected
+from rainfusion.testing.oracle import expected
 
 BLOCK_SPARSE, FUSION = "npu::npu_block_sparse_attention", "npu::npu_fusion_attention"
 REGISTERED = Emulated().torch_npu()
@@ -53,9 +59,9 @@ def test_every_argument_is_declared_with_that_type(operator, chip, needs_lse):
         torch.zeros(shape, dtype=torch.bfloat16) for shape in (made.problem.q_shape, *[made.problem.kv_shape] * 2)
     )
     mask = torch.ones((2, 4, 3, 3), dtype=torch.bool)
-    wanted = replace(Wanted.by(made, chip), needs_lse=needs_lse)
-    given = rung(operator).arguments(q, k, v, mask, wanted)
-    assert set(given) == rung(operator).keywords
+    request = replace(Request.of(made.find(Attend), made, chip), needs_lse=needs_lse)
+    given = by_name(operator).arguments(Tensors(q, k, v, mask), request)
+    assert set(given) == by_name(operator).keywords
     assert_fits(operator, given)
 
 
@@ -119,7 +125,7 @@ def test_summaries_are_a_second_attention_in_float32(monkeypatch, calls):
 def test_summaries_in_parts_give_the_same(monkeypatch, calls):
     (case,) = cases("summary_of_ragged_blocks")
     whole = target(monkeypatch).under(case, case.mask(), lse=True)
-    monkeypatch.setattr(block_means, "LARGEST_PART", 1)
+    monkeypatch.setattr(lowering, "LARGEST_PART", 1)
     parts = target(monkeypatch).under(case, case.mask(), lse=True)
     assert [operator for operator, _ in calls] == [BLOCK_SPARSE, FUSION, BLOCK_SPARSE, *[FUSION] * 6]
     np.testing.assert_allclose(parts.out, whole.out, atol=1e-6)
@@ -136,12 +142,12 @@ def test_summaries_in_parts_give_the_same(monkeypatch, calls):
     ids=str,
 )
 def test_cases_are_right_on_the_dense_mask_alone(monkeypatch, case):
-    check(target(monkeypatch, A2, rung(FUSION)), case)
+    check(target(monkeypatch, A2, by_name(FUSION)), case)
 
 
 @pytest.mark.parametrize("case", cases("video", "all_together", "head_dim_80", "poisoned_block_masked_out"), ids=str)
 def test_cases_are_right_on_the_block_mask_alone(monkeypatch, case):
-    check(target(monkeypatch, A2, rung(BLOCK_SPARSE)), case)
+    check(target(monkeypatch, A2, by_name(BLOCK_SPARSE)), case)
 
 
 def check(on, case):
@@ -174,7 +180,7 @@ def objections(monkeypatch, made, chip=A2):
     return target(monkeypatch, chip).backend.objections(made, CPU)
 
 
-def test_beyond_the_memory_cap_every_rung_says_why_not(monkeypatch):
+def test_beyond_the_memory_cap_every_operator_says_why_not(monkeypatch):
     made = some_plan(block=(64, 64), length=75_600, heads=40, kv_heads=40, batch=1)
     reasons = objections(monkeypatch, made)
     assert reasons == [
@@ -209,13 +215,13 @@ def test_limits(monkeypatch, made, reason):
 
 
 def test_plans_that_return_only_the_mask_need_no_operator(monkeypatch):
-    monkeypatch.setattr(ladder, "LADDER", ())
+    monkeypatch.setattr(operators, "OPERATORS", ())
     assert objections(monkeypatch, some_plan(returns=("%mask",), block=(64, 64), length=75_600)) == []
 
 
 def without(*operators_gone):
-    """`operators._operator` as on a CANN that lacks some functions: they are registered, and fail when called."""
-    real = operators._operator
+    """`calls._operator` as on a CANN that lacks some functions: they are registered, and fail when called."""
+    real = vendor_calls._operator
 
     def lacking(operator):
         found = real(operator)
@@ -234,13 +240,13 @@ def without(*operators_gone):
     return lacking
 
 
-def test_a_missing_function_steps_down_once_and_says_so(monkeypatch, calls):
+def test_a_missing_function_gives_way_to_the_next_operator_once_and_says_so(monkeypatch, calls):
     (case,) = cases("video")
     on = target(monkeypatch)
     lowered = on.lower(case.plan(policy=Fixed()))
     tensors, mask = on.tensors(case), on.mask(case.mask())
     right = on.backend.to_host(lowered(*tensors, mask=mask))
-    monkeypatch.setattr(operators, "_operator", without(BLOCK_SPARSE))
+    monkeypatch.setattr(vendor_calls, "_operator", without(BLOCK_SPARSE))
     with pytest.warns(RainfusionWarning, match=f"{BLOCK_SPARSE}: the installed CANN lacks it .*using {FUSION} instead"):
         stepped = on.backend.to_host(lowered(*tensors, mask=mask))
     np.testing.assert_allclose(stepped, right, atol=0.02)
@@ -251,11 +257,11 @@ def test_a_missing_function_steps_down_once_and_says_so(monkeypatch, calls):
     assert f"attend by {FUSION}" in str(lowered)
 
 
-def test_the_last_rung_missing_is_an_error_with_every_reason(monkeypatch):
+def test_the_last_operator_missing_is_an_error_with_every_reason(monkeypatch):
     (case,) = cases("video")
     on = target(monkeypatch)
     lowered, tensors = on.lower(case.plan()), on.tensors(case)
-    monkeypatch.setattr(operators, "_operator", without(BLOCK_SPARSE, FUSION))
+    monkeypatch.setattr(vendor_calls, "_operator", without(BLOCK_SPARSE, FUSION))
     with pytest.warns(RainfusionWarning), pytest.raises(LoweringError, match=r"lacks it.*not installed.*lacks it"):
         lowered(*tensors)
     assert len(on.backend.objections(case.plan(), CPU)) == 4  # chosen no more
@@ -266,7 +272,7 @@ def test_summaries_need_fusion_attention(monkeypatch):
     (case,) = cases("summary")
     on = target(monkeypatch)
     lowered, tensors = on.lower(case.plan()), on.tensors(case)
-    monkeypatch.setattr(operators, "_operator", without(FUSION))
+    monkeypatch.setattr(vendor_calls, "_operator", without(FUSION))
     with pytest.raises(BackendUnavailableError, match=f"{FUSION}: the installed CANN lacks it"):
         lowered(*tensors)
     (reason,) = on.backend.objections(case.plan(), CPU)
@@ -281,11 +287,11 @@ def test_other_errors_are_not_taken_for_a_missing_function(monkeypatch):
     def out_of_memory(**arguments):
         raise RuntimeError("NPU out of memory")
 
-    out_of_memory._schema = operators._operator(BLOCK_SPARSE)._schema
-    monkeypatch.setattr(operators, "_operator", lambda operator: out_of_memory)
+    out_of_memory._schema = vendor_calls._operator(BLOCK_SPARSE)._schema
+    monkeypatch.setattr(vendor_calls, "_operator", lambda operator: out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         lowered(*tensors)
-    assert operators._lacking == {}
+    assert vendor_calls._lacking == {}
 
 
 def test_chips_by_their_numbers():
@@ -308,13 +314,13 @@ def test_an_unknown_chip_is_named(monkeypatch):
 
 def test_nothing_not_finite_goes_to_the_dense_kernel(monkeypatch, calls):
     (case,) = cases("poisoned_block_masked_out")
-    target(monkeypatch, A2, rung(FUSION)).under(case, case.mask(), lse=True)
+    target(monkeypatch, A2, by_name(FUSION)).under(case, case.mask(), lse=True)
     assert all(given[name].isfinite().all() for _, given in calls for name in ("key", "value"))
 
 
 @pytest.mark.parametrize("where", ["key", "value"])
 def test_rows_that_attend_to_a_bad_number_are_spoiled_and_no_others(monkeypatch, where):
-    on = target(monkeypatch, A2, rung(FUSION))
+    on = target(monkeypatch, A2, by_name(FUSION))
     q, k, v = (torch.randn(1, 1, 96, 16).half() for _ in range(3))
     (k if where == "key" else v)[0, 0, 40, 3] = torch.nan
     mask = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)[None, None]
@@ -329,5 +335,149 @@ def test_rows_that_attend_to_a_bad_number_are_spoiled_and_no_others(monkeypatch,
 def test_the_limit_of_the_dense_mask_is_in_bytes(monkeypatch):
     made = some_plan(block=(64, 64), batch=1, heads=2, kv_heads=2)
     assert objections(monkeypatch, made) == []
-    monkeypatch.setattr(fusion_attention, "LARGEST_MASK", 2 * 300 * 300 - 1)
+    monkeypatch.setattr(operators, "LARGEST_MASK", 2 * 300 * 300 - 1)
     assert len(objections(monkeypatch, made)) == 4
+
+
+# -- operands given at call time, rows without keys, programs of others ------------------------------
+
+LIMITS = {"%out": 2e-2, "%lse": 1e-4}
+
+
+def tensors(made):
+    torch.manual_seed(0)
+    p = made.problem
+    return [torch.randn(shape).to(getattr(torch, p.dtype)) for shape in (p.q_shape, p.kv_shape, p.kv_shape)]
+
+
+def check_plan(on, made, q, k, v, **operands):
+    """Output and log-sum-exp of a plan against the definitions in float64."""
+    results = on.lower(made)(q, k, v, **operands)
+    wide = Plan.from_json(made.to_json().replace(f'"{made.problem.dtype}"', '"float64"'))
+    given = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in operands.items()}
+    if "mask" in given:
+        given["mask"] = BlockMask(given["mask"].blocks.numpy(), made.problem.q_len, made.problem.kv_len, made.block)
+    right = lower(wide, ReferenceBackend(), CPU)(*(x.double().numpy() for x in (q, k, v)), **given)
+    for name, got, want in zip(made.returns, results, right, strict=True):
+        torch.testing.assert_close(got.double(), torch.from_numpy(want), rtol=0, atol=LIMITS[name])
+    return results
+
+
+def video(*, policy, block=(64, 128), **how):
+    layout = TokenLayout((3, 8, 16), text=70, text_position="start", block=block, sink="first_frame_keys")
+    return plan(AttentionProblem(2, 4, 454, 454, 64, "float16", 2), layout, policy, returns=("%out", "%lse"), **how)
+
+
+@pytest.mark.parametrize("omitted", ["drop", "summary"])
+@pytest.mark.parametrize("policy", [TopK(0.3), TopK(0.0), Fixed()], ids=str)
+def test_tokens_beyond_a_samples_length_take_no_part(monkeypatch, calls, omitted, policy):
+    on = target(monkeypatch)
+    made = video(policy=policy, omitted=omitted, kv_lengths=True)
+    q, k, v = tensors(made)
+    lengths = torch.tensor([454, 391], dtype=torch.int32)
+    order = made.layout.order.copy()
+    k[1, :, order[391:]], v[1, :, order[391:]] = math.nan, math.inf
+    operands = {}
+    if policy == Fixed():
+        blocks = torch.rand(2, 4, 8, 4) < 0.6
+        blocks[0, 0, 2], blocks[1, 1, 3, :3] = False, False  # nothing, and nothing but padding
+        operands["mask"] = BlockMask(blocks, 454, 454, made.block)
+    if policy == TopK(0.3):  # the mask of float64 scores could differ
+        lowered = on.lower(replace(made, returns=("%mask",)))
+        operands["mask"] = lowered(q, k, v, kv_lengths=lengths)
+        made = video(policy=Fixed(), omitted=omitted, kv_lengths=True)
+    out, lse = check_plan(on, made, q, k, v, kv_lengths=lengths, **operands)
+    assert not out[1, :, order[391:]].any()
+    assert (lse[1, :, order[391:]] == -math.inf).all()
+    assert {operator for operator, _ in calls} == {FUSION}
+    assert f"attend by {FUSION}" in str(on.lower(made))
+
+
+def test_lengths_are_for_fusion_attention_while_its_mask_is_small(monkeypatch):
+    made = some_plan(length=75_600, heads=40, kv_heads=40, batch=1, kv_lengths=True)
+    assert objections(monkeypatch, made) == [
+        f"{BLOCK_SPARSE}: no lengths that only the device knows",
+        "mindiesd::block_sparse_attention: no lengths that only the device knows",
+        "mindiesd::rainfusionattention: no lengths that only the device knows",
+        f"{FUSION}: its mask, token by token, would take 212.9 GiB (at most 2 GiB)",
+    ]
+
+
+@pytest.mark.parametrize("operator", [BLOCK_SPARSE, FUSION])
+@pytest.mark.parametrize("omitted", ["drop", "summary"])
+def test_rows_of_a_given_mask_that_keep_nothing(monkeypatch, operator, omitted):
+    on = target(monkeypatch, A2, by_name(operator))
+    made = video(policy=Fixed(), omitted=omitted)
+    blocks = torch.rand(2, 4, 8, 4) < 0.6
+    blocks[..., 1] = True
+    blocks[0, 0, 2], blocks[1, 3, 7] = False, False
+    q, k, v = tensors(made)
+    out, lse = check_plan(on, made, q, k, v, mask=BlockMask(blocks, 454, 454, made.block))
+    assert out.isfinite().all()
+    if omitted == "drop":
+        assert (lse == -math.inf).sum() == 64 + 454 - 7 * 64
+
+
+def test_quotas_at_call_time_may_leave_rows_empty(monkeypatch):
+    on = target(monkeypatch)
+    made = plan(
+        AttentionProblem(1, 2, 300, 300, 64, "float16"), TokenLayout(block=128), quotas=True, returns=("%out", "%lse")
+    )
+    q, k, v = tensors(made)
+    out, lse = on.lower(made)(q, k, v, quotas=np.array([[0, 1, 2], [3, 9, 0]], dtype=np.int32))
+    assert torch.equal(lse[0, 0] == -math.inf, torch.arange(300) < 128)
+    assert torch.equal(lse[0, 1] == -math.inf, torch.arange(300) >= 256)
+    assert torch.equal((out == 0).all(dim=-1), lse == -math.inf)
+
+
+def test_every_head_has_a_share_of_its_own(monkeypatch, calls):
+    call_once(monkeypatch, plan(AttentionProblem(1, 2, 640, 640, 64, "float16"), policy=TopK((0.2, 0.8))))
+    mask = calls[0][1]["block_sparse_mask"]
+    assert mask.sum(dim=(0, 2, 3)).tolist() == [20, 5]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Negated(Op):
+    """An operation that no kernel knows."""
+
+    name: ClassVar[str] = "test_npu_negated"
+    x: str = operand()
+    negative: str = result()
+
+    def meaning(self, x):
+        return -x
+
+
+@pytest.mark.parametrize("omitted", ["drop", "summary"])
+def test_an_operation_that_no_kernel_knows_is_neither_claimed_nor_dropped(monkeypatch, calls, omitted):
+    on = target(monkeypatch)
+    made = some_plan(omitted=omitted, length=640, block=(128, 128))
+    ops = list(made.ops)
+    at = next(i for i, op in enumerate(ops) if "%score" in op.makes)
+    ops[at] = replace(ops[at], score="%raw")
+    ops.insert(at + 1, Negated(x="%raw", negative="%score"))
+    changed = on.lower(replace(made, ops=tuple(ops), returns=("%out", "%mask")))
+    by = {op.name: step.by for step in changed.steps for op in step.segment.ops}
+    assert (by["test_npu_negated"], by["select"], by["attend"]) == ("definition", "torch_npu", "torch_npu")
+    q, k, v = tensors(made)
+    _, mask = changed(q, k, v)
+    opposite = on.lower(replace(made, returns=("%out", "%mask")))(-q, k, v)[1]
+    assert torch.equal(mask.blocks, opposite.blocks)
+    attended = calls[0][1]["block_sparse_mask"]
+    assert torch.equal(attended.bool(), mask.blocks)
+
+
+def test_values_of_the_mask_chain_and_between_attentions_can_be_returned(monkeypatch):
+    on = target(monkeypatch)
+    returns = ("%out", "%qb", "%kb", "%score", "%mask", "%kept", "%rest_lse")
+    made = replace(some_plan(omitted="summary", length=320), returns=returns)
+    lowered = on.lower(made)
+    assert [step.by for step in lowered.steps] == ["torch_npu"]
+    q, k, v = tensors(made)
+    got = dict(zip(returns, lowered(q, k, v), strict=True))
+    reference = lower(made, ReferenceBackend(), CPU)(q, k, v)
+    for name, right in zip(returns, reference, strict=True):
+        if name == "%mask":
+            assert torch.equal(got[name].blocks, right.blocks)
+        else:
+            torch.testing.assert_close(got[name].float(), right.float(), rtol=0, atol=2e-2)

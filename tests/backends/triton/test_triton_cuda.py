@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import rainfusion
-from rainfusion import AttentionProblem, BlockMask, Fixed, TokenLayout, TopK, TopP
-from rainfusion.backends.triton import chip
+from rainfusion import AttentionProblem, BlockMask, Fixed, Hybrid, TokenLayout, TopK, TopP
+from rainfusion.backends.triton import hardware
 from rainfusion.backends.triton.lowering import Lowered
+from rainfusion.core.plan import Plan
+from rainfusion.plugins.manager import host
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; kernels run interpreted elsewhere"),
     pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SpeedWarning"),  # problems are small here
+    pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SparsityWarning"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 
 GRID = (5, 16, 16)
+NUMBERS = ("quotas", "kv_lengths")
 SETTINGS = (
     {"sparsity": 0.3},
     {"sparsity": 0.3, "omitted": "summary"},
     {"policy": TopP(0.6)},
+    {"policy": Hybrid(0.4, 0.3)},
+    {"sparsity": (0.2, 0.3, 0.3, 0.4)},
     {"sparsity": 0.3, "return_lse": True},
     {"sparsity": 0.3, "dtype": torch.float32},
+    {"quotas": [[2] * 8], "kv_lengths": [1201], "omitted": "summary"},
 )
 Call = Callable[..., Any]
 
@@ -42,6 +49,9 @@ def tensors(dtype: torch.dtype = torch.bfloat16, seed: int = 0, length: int = 12
 def prepared(settings: dict[str, Any]) -> tuple[Call, list[torch.Tensor]]:
     dtype = settings.get("dtype", torch.bfloat16)
     arguments = {key: value for key, value in settings.items() if key != "dtype"}
+    for name in NUMBERS:
+        if name in arguments:
+            arguments[name] = torch.tensor(arguments[name], dtype=torch.int32, device="cuda")
     return lambda q, k, v: rainfusion.attention(q, k, v, grid=GRID, backend="triton", **arguments), tensors(dtype)
 
 
@@ -95,6 +105,32 @@ def test_compiled_code_gives_the_same(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(compiled, model(*inputs))
 
 
+def test_a_given_mask_is_not_looked_at() -> None:
+    q, k, v = tensors()
+    _, mask = rainfusion.attention(q, k, v, grid=GRID, sparsity=0.3, backend="triton", return_mask=True)
+    rainfusion.attention(q, k, v, grid=GRID, mask=mask, backend="triton")
+    with no_waiting():
+        rainfusion.attention(q, k, v, grid=GRID, mask=mask, backend="triton")
+
+
+def test_what_a_graph_reads_outlives_the_executable() -> None:
+    """Constants that a graph has captured are kept until somebody lets go of them."""
+    call, inputs = prepared({"sparsity": 0.3})
+    expected = call(*inputs)
+    captured = host().backend("triton").captured
+    captured.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(*inputs)
+    assert len(captured) > 0
+    rainfusion.cache.clear()
+    torch.cuda.empty_cache()
+    torch.full((2**20,), -1, device="cuda", dtype=torch.int32)  # takes freed memory
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
 def test_a_given_mask_in_a_graph() -> None:
     q, k, v = tensors()
     _, mask = rainfusion.attention(q, k, v, grid=GRID, sparsity=0.3, backend="triton", return_mask=True)
@@ -117,7 +153,7 @@ def test_the_same_bits_every_time() -> None:
 # -- Hopper's kernel -------------------------------------------------------------------------------------
 
 on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or chip.architecture(torch.device("cuda:0")) != "sm_90", reason="no Hopper device"
+    not torch.cuda.is_available() or hardware.architecture(torch.device("cuda:0")) != "sm_90", reason="no Hopper device"
 )
 
 
@@ -140,29 +176,76 @@ def test_both_kernels_agree(
     problem = AttentionProblem.from_tensors(q, k, v)
     plan = rainfusion.plan(problem, TokenLayout(), Fixed(), omitted="summary" if means else "drop")
     blocks = torch.rand(2, 40, 8, -(-kv_len // 128), generator=generator, device="cuda") > 0.6
-    blocks[:, :, torch.arange(8), torch.arange(8) % blocks.shape[3]] = True
+    blocks[:, ::3, 1] = False  # a row that keeps nothing
+    ours, plain = on_both_kernels(plan, {"%q": q, "%k": k, "%v": v, "%mask": blocks})
+    torch.testing.assert_close(ours[0], plain[0], rtol=2e-2, atol=1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+def on_both_kernels(plan: Plan, values: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Output and log-sum-exp of Hopper's kernel and of the plain one."""
     (step,) = rainfusion.lower(plan, device="cuda:0", backend="triton").steps
     lowered = step.run
     assert isinstance(lowered, Lowered)
-    assert str(lowered._attend) == "Hopper kernel"
-    values = {"%q": q, "%k": k, "%v": v}
-    folded = lowered.fold(values)
-    lists = lowered.list(*folded[:2], blocks)
-    ours, _ = lowered.attend(*folded, lists)
-    without = copy(lowered)  # lowered plans are kept; other tests may get this one
-    without._attend = dataclasses.replace(lowered._attend, hopper=None)
-    plain, _ = without.attend(*folded, lists)
-    torch.testing.assert_close(ours, plain, rtol=2e-2, atol=1e-2 if dtype == torch.bfloat16 else 2e-3)
+    assert str(lowered.kernel) == "Hopper kernel"
+    assert lowered.kernel is not None
+    results = []
+    for both in (lowered, lowered.with_kernel(replace(lowered.kernel, hopper=None))):
+        blocks = both.fold(values)
+        lists = both.list(values, blocks)
+        assert lists is not None
+        results.append(both.attend(values, blocks, lists))
+    torch.cuda.synchronize()
+    return results
 
 
 @on_hopper
-def test_rows_emptied_behind_our_back_do_not_hang() -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", [(900, 300), (0, 641), (1, 899), (768, 1000)])
+@pytest.mark.parametrize("kind", ["mask", "means", "lse", "dense", "keys only"])
+def test_both_kernels_agree_on_padded_samples(head_dim: int, lengths: tuple[int, int], kind: str) -> None:
+    """Padding holds NaN: keys there take no part, queries there give 0."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q_len = 333 if kind == "keys only" else 900
+    q = torch.randn(2, 20, q_len, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+    k, v = (
+        torch.randn(2, 10, 900, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
+    for i, length in enumerate(lengths):
+        k[i, :, length:], v[i, :, length:] = torch.nan, torch.inf
+        if kind != "keys only":
+            q[i, :, length:] = torch.nan
+    policy = TopK(0.0) if kind == "dense" else Fixed()
+    returns = ("%out", "%lse") if kind == "lse" else ("%out",)
+    problem = AttentionProblem.from_tensors(q, k, v)
+    omitted = "summary" if kind == "means" else "drop"
+    plan = rainfusion.plan(problem, TokenLayout(), policy, omitted=omitted, kv_lengths=True, returns=returns)
+    blocks = torch.rand(2, 20, -(-q_len // 128), 8, generator=generator, device="cuda") > 0.5
+    values = {"%q": q, "%k": k, "%v": v, "%mask": blocks}
+    values["%kv_lengths"] = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    (ours, our_lse), (plain, plain_lse) = on_both_kernels(plan, values)
+    assert torch.isfinite(ours).all()
+    torch.testing.assert_close(ours, plain, rtol=2e-2, atol=1e-2)
+    if our_lse is not None:
+        torch.testing.assert_close(our_lse, plain_lse, rtol=1e-3, atol=1e-3)
+    if kind != "keys only":
+        for i, length in enumerate(lengths):
+            assert not ours[i, :, length:].any()
+
+
+@on_hopper
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_rows_that_keep_nothing_give_zeros(return_lse: bool) -> None:
     q, k, v = tensors()
+    q[:, :, 256:384] = torch.nan  # not even then
     blocks = torch.ones(1, 4, 10, 10, dtype=torch.bool, device="cuda")
-    mask = BlockMask.from_bool(blocks, 1280, 1280, (128, 128))
     blocks[:, :, 2] = False
-    out = rainfusion.attention(q, k, v, mask=mask, backend="triton")
+    mask = BlockMask.from_bool(blocks, 1280, 1280, (128, 128))
+    results = rainfusion.attention(q, k, v, mask=mask, backend="triton", return_lse=return_lse)
+    out = first(results)
     torch.cuda.synchronize()
+    assert not out[:, :, 256:384].any()
+    if return_lse:
+        assert (results[1][:, :, 256:384] == -np.inf).all()
     rows = torch.ones(1280, dtype=torch.bool, device="cuda")
     rows[256:384] = False
     dense = rainfusion.attention(q, k, v, sparsity=0.0, backend="triton")

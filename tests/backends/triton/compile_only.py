@@ -17,10 +17,9 @@ from triton.runtime.jit import JITFunction
 
 import rainfusion
 from rainfusion import AttentionProblem, TokenLayout, TopK, TopP
-from rainfusion.backends.triton import chip
-from rainfusion.backends.triton.lowering import RUNS, build
-from rainfusion.core.backend import Device, Kernel
-from rainfusion.core.lower import lower
+from rainfusion.backends.triton import hardware
+from rainfusion.core.backend import Device
+from rainfusion.core.lowering import lower
 from rainfusion.plugins.manager import host
 
 _launch = JITFunction.run
@@ -46,8 +45,8 @@ def main(backend: str, architecture: str) -> None:
     is_cuda = backend == "cuda"
     driver.set_active(Target(GPUTarget(backend, int(architecture) if is_cuda else architecture, 32 if is_cuda else 64)))
     name = f"sm_{architecture}" if is_cuda else architecture
-    chip.architecture = lambda device: name  # type: ignore[assignment]
-    chip.precision = lambda device: "tf32x3" if is_cuda else "ieee"
+    hardware.architecture = lambda device: name  # type: ignore[assignment]
+    hardware.precision = lambda device: "tf32x3" if is_cuda else "ieee"
     JITFunction.run = compile_instead  # type: ignore[method-assign]
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132, L2_cache_size=2**25)
     attend("bfloat16", 128, length=640, policy=TopK(0.5))
@@ -57,17 +56,20 @@ def main(backend: str, architecture: str) -> None:
         attend("bfloat16", 80, length=640, policy=TopK(0.5))
         attend("bfloat16", 128, length=700, policy=TopP(0.5), omitted="summary", grid=(5, 10, 14))
         attend("bfloat16", 128, length=700, policy=TopK(0.4), returns=("%out", "%lse"), grid=(5, 10, 14))
+    lengths: dict[str, Any] = {"quotas": True, "kv_lengths": True, "omitted": "summary"}
+    attend("bfloat16", 128, length=640, policy=TopK(0.5), **lengths)
+    attend("bfloat16", 64, length=640, policy=TopK(0.0), kv_lengths=True, returns=("%out", "%lse"))
 
 
 def attend(dtype: str, dim: int, *, length: int, policy: Any, grid: Any = None, **settings: Any) -> None:
     problem = AttentionProblem(1, 2, length, length, dim, dtype)
-    plan = rainfusion.plan(problem, TokenLayout(grid), policy, **settings)
-    backend = host().backend("triton")
-    backend.kernels = lambda plan, device: [Kernel(covers, build) for covers in RUNS]  # type: ignore[method-assign]
+    plan = rainfusion.plan(problem, TokenLayout(grid, sink=None), policy, **settings)
     q = torch.randn(1, 2, length, dim).to(getattr(torch, dtype))
-    for step in lower(plan, backend, Device("cpu"), strict=True).steps:
-        values = {"%q": q, "%k": q.clone(), "%v": q.clone()}
-        step.run(*(values.get(name) for name in step.segment.inputs))
+    values = {"%q": q, "%k": q.clone(), "%v": q.clone(), "%kv_lengths": torch.ones(1, dtype=torch.int32)}
+    values["%quotas"] = torch.ones(2, plan.q_axis.free_blocks, dtype=torch.int32)
+    lowered = lower(plan, host().backend("triton"), Device("cpu"), strict=True)
+    for step in lowered.steps:
+        values.update(step.run({name: values.get(name) for name in step.segment.inputs}))
 
 
 def compile_instead(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **settings: Any) -> Any:

@@ -1,23 +1,31 @@
-"""What a device is, as far as kernels ask: its architecture, and how it multiplies float32."""
+"""What kernels need to know of a device: its architecture, and how it multiplies float32."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import torch
+import triton
+import triton.language as tl
 from triton.runtime.jit import JITFunction
-
-from rainfusion.backends.triton.dot import dot
 
 INTERPRETED = "interpreted"
 
 
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a b`` in float32, by a name from `precision`; `a` is rounded to the dtype of `b` first."""
+    if PRECISION == "upcast":
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+
+
 def interprets() -> bool:
-    """Whether kernels were made for Triton's interpreter, which is settled when they are first imported."""
+    """Whether kernels run in Triton's interpreter, which is decided when they are first imported."""
     return not isinstance(dot, JITFunction)
 
 
-@lru_cache
+@lru_cache(maxsize=64)
 def architecture(device: torch.device) -> str:
     """``sm_90`` and the like on NVIDIA, ``gfx942`` and the like on AMD, ``interpreted`` where nothing is compiled."""
     if interprets() or device.type != "cuda":
@@ -29,9 +37,9 @@ def architecture(device: torch.device) -> str:
 
 
 def precision(device: torch.device) -> str:
-    """How kernels multiply: float32 as three TensorFloat-32 products where there are such, else as it is.
+    """How kernels multiply: float32 as three TensorFloat-32 products where the device has them, else in float32.
 
-    Triton's interpreter multiplies the bits of bfloat16 numbers as if they were whole ones; there, ``"upcast"``.
+    Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers; there, ``"upcast"``.
     """
     if architecture(device) == INTERPRETED:
         return "upcast"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +16,19 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 import rainfusion
-from rainfusion import AttentionProblem, Fixed, TokenLayout, TopK, TopP, api
+from rainfusion import AttentionProblem, BlockMask, Fixed, Hybrid, TokenLayout, TopK, TopP
 from rainfusion.backends.triton import attend as attend_module
-from rainfusion.backends.triton import chip, cost, tune
-from rainfusion.backends.triton.attend import Attend
-from rainfusion.backends.triton.configs import CANDIDATES
+from rainfusion.backends.triton import cost, hardware, tuning
+from rainfusion.backends.triton.attend import AttentionKernel
+from rainfusion.backends.triton.lowering import CapturedTensors, Lowered
+from rainfusion.backends.triton.tuning import CANDIDATES
 from rainfusion.core.backend import Device
+from rainfusion.core.choice import Candidate, choose
 from rainfusion.core.errors import RainfusionWarning, SpeedWarning
-from rainfusion.core.select import Candidate, choose
+from rainfusion.core.passes import from_means
 from rainfusion.plugins.manager import host
+
+pytestmark = pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SparsityWarning")  # problems are small here
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 GRID = (3, 4, 8)
@@ -40,16 +44,22 @@ def tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [torch.randn(1, 2, 96, 16, generator=generator).to(DEVICE, dtype) for _ in range(3)]
 
 
-PLANS = {
+PLANS: dict[str, dict[str, Any]] = {
     "whole plan": {"policy": TopK(0.3)},
     "summaries": {"policy": TopK(0.3), "omitted": "summary"},
     "share of the mass": {"policy": TopP(0.5)},
+    "quota and mass": {"policy": Hybrid(0.3, 0.5)},
+    "shares of heads": {"policy": TopK((0.3, 0.4))},
+    "published counting": {"policy": TopK(0.3, counting="paper")},
     "mask only": {"policy": TopK(0.3), "returns": ("%mask",)},
+    "means and score": {"policy": TopK(0.3), "returns": ("%qb", "%kb", "%score")},
     "given mask": {"policy": Fixed()},
     "given mask and summaries": {"policy": Fixed(), "omitted": "summary"},
+    "given quotas and lengths": {"policy": TopK(0.3), "omitted": "summary", "quotas": True, "kv_lengths": True},
     "order given": {"policy": TopK(0.3), "order": "given"},
     "dense": {"policy": TopK(0.0)},
-    "everything": {"policy": TopK(0.3), "omitted": "summary", "returns": ("%out", "%lse", "%mask")},
+    "dense, with lengths": {"policy": TopK(0.0), "kv_lengths": True},
+    "everything": {"policy": TopK(0.3), "omitted": "summary", "returns": ("%out", "%lse", "%mask", "%kb", "%score")},
 }
 
 
@@ -60,10 +70,38 @@ def test_every_plan_is_one_step_of_its_own(settings: dict[str, Any]) -> None:
     assert [step.by for step in run.steps] == ["triton"]
 
 
-def test_wide_heads_are_left_to_the_semantics() -> None:
+def test_a_selection_may_start_from_means_that_are_given() -> None:
+    q, k, v = tensors()
+    selects = rainfusion.plan(problem(), LAYOUT, TopK(0.3), returns=("%mask", "%qb", "%kb"))
+    mask, qb, kb = rainfusion.lower(selects, like=q, backend="triton")(q, k, v)
+    run = rainfusion.lower(from_means(replace(selects, returns=("%mask",))), like=q, backend="triton", strict=True)
+    assert torch.equal(run(qb=qb, kb=kb).blocks, mask.blocks)
+
+
+def test_wide_heads_are_left_to_the_definition() -> None:
     plan = rainfusion.plan(problem(head_dim=320), LAYOUT, TopK(0.3))
     run = rainfusion.lower(plan, device=DEVICE, backend="triton")
-    assert [step.by for step in run.steps] == ["triton", "semantics"]
+    assert [step.by for step in run.steps] == ["triton", "definition"]
+
+
+def test_plans_of_a_layout_share_their_order() -> None:
+    runs = [
+        rainfusion.lower(rainfusion.plan(problem(heads=heads), LAYOUT, TopK(0.3)), device=DEVICE, backend="triton")
+        for heads in (2, 3)
+    ]
+    first, second = (run.steps[0].run for run in runs)
+    assert isinstance(first, Lowered)
+    assert isinstance(second, Lowered)
+    assert first._orders["%order"] is second._orders["%order"]
+
+
+def test_captured_tensors_are_kept_once_until_they_are_cleared() -> None:
+    captured, x = CapturedTensors(), torch.ones(1)
+    for _ in range(2):
+        captured.keep([x, torch.ones(1)])
+    assert len(captured) == 3
+    captured.clear()
+    assert len(captured) == 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"omitted": "summary"}, {"policy": TopP(0.5)}], ids=str)
@@ -81,30 +119,25 @@ def test_output_without_a_log_sum_exp(settings: dict[str, Any], tensor_layout: s
     assert out.is_contiguous()
 
 
-def test_a_mask_of_its_own_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = tensors()
-    _, mask = rainfusion.attention(q, k, v, grid=GRID, block=16, sparsity=0.3, backend="triton", return_mask=True)
-    monkeypatch.setattr(type(mask), "_refuse_empty_rows", lambda self: pytest.fail("waits for the device"))
-    rainfusion.attention(q, k, v, grid=GRID, block=16, mask=mask, backend="triton")
-
-
-def test_rows_emptied_behind_our_back_give_zeros() -> None:
-    """A mask is looked at once; one that is written to later must still not hang or read beyond the tensors."""
+def test_rows_that_keep_nothing_give_zeros() -> None:
     q, k, v = tensors()
     blocks = torch.ones(1, 2, 6, 6, dtype=torch.bool, device=DEVICE)
-    mask = rainfusion.BlockMask.from_bool(blocks, 96, 96, (16, 16))
     blocks[:, :, 2] = False
-    out = rainfusion.attention(q, k, v, block=16, mask=mask, backend="triton")
+    mask = BlockMask.from_bool(blocks, 96, 96, (16, 16))
+    out, lse = rainfusion.attention(q, k, v, block=16, mask=mask, backend="triton", return_lse=True)
     assert not out[:, :, 32:48].any()
-    assert torch.isfinite(out).all()
+    assert (lse[:, :, 32:48] == float("-inf")).all()
+    dense = rainfusion.attention(q, k, v, sparsity=0.0, backend="triton")
+    rows = [i for i in range(96) if i // 16 != 2]
+    torch.testing.assert_close(out[:, :, rows], dense[:, :, rows], rtol=1e-4, atol=1e-5)
 
 
-def test_nobody_gets_interpreted_kernels_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreted_kernels_are_never_chosen_automatically(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = rainfusion.plan(problem(), LAYOUT, TopK(0.3))
     if DEVICE == "cpu":
         assert rainfusion.choose(plan, like=tensors()[0]).candidate.backend.name != "triton"
     for interprets, preference in ((True, -1), (False, 100)):
-        monkeypatch.setattr(chip, "interprets", lambda interprets=interprets: interprets)
+        monkeypatch.setattr(hardware, "interprets", lambda interprets=interprets: interprets)
         assert host().backend("triton").preference(plan, Device("cuda", 0)) == preference
 
 
@@ -184,16 +217,15 @@ def test_no_estimate_without_a_measurement(settings: dict[str, Any]) -> None:
     assert cost.speedup(plan, "gfx942") is None
 
 
-def test_attention_warns_once_where_skipping_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_warns_where_skipping_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = host().backend("torch")
     monkeypatch.setattr(backend, "speedup", lambda plan, device: 0.4, raising=False)
-    api._choices.clear()
-    api._warn_where_skipping_does_not_pay.cache_clear()
+    rainfusion.cache.clear()
     q, k, v = (x.cpu() for x in tensors())
-    with pytest.warns(SpeedWarning, match=r"does not pay .* 2\.5 times as long as dense attention over 96"):
-        rainfusion.attention(q, k, v, grid=GRID, block=16, sparsity=0.35, backend="torch")
-    rainfusion.attention(q, k, v, grid=GRID, block=16, sparsity=0.35, backend="torch")  # warnings are errors here
-    api._choices.clear()
+    for _ in range(2):  # every call says so; Python's filters decide how often that is shown
+        with pytest.warns(SpeedWarning, match=r"does not pay .* 2\.5 times as long as dense attention over 96"):
+            rainfusion.attention(q, k, v, grid=GRID, block=16, sparsity=0.35, backend="torch")
+    rainfusion.cache.clear()
 
 
 def test_choosing_says_the_estimate() -> None:
@@ -212,13 +244,13 @@ def test_printing_says_which_kernel_attends() -> None:
 
 
 def test_tuning_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not tune.is_asked()
+    assert not tuning.is_requested()
     monkeypatch.setenv("RAINFUSION_TRITON_AUTOTUNE", "1")
-    assert tune.is_asked()
+    assert tuning.is_requested()
 
 
-def attend_with(configs: list[Any], **settings: Any) -> Attend:
-    return Attend(torch.device(DEVICE), None, configs, "ieee", **settings)
+def attend_with(configs: list[Any], **settings: Any) -> AttentionKernel:
+    return AttentionKernel(torch.device(DEVICE), None, configs, "ieee", **settings)
 
 
 def test_settings_that_do_not_fit_are_dropped() -> None:
@@ -240,7 +272,7 @@ def test_settings_that_do_not_fit_are_dropped() -> None:
 
 def test_tuning_happens_once_and_keeps_what_there_was_if_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(tune, "fastest_first", lambda candidates, launch: asked.append([*candidates]) or [])
+    monkeypatch.setattr(tuning, "fastest_first", lambda candidates, launch: asked.append([*candidates]) or [])
     attend = attend_with([CANDIDATES[-1]], is_tuned=False)
     for _ in range(2):
         attend._attend_plainly(lambda config: None)
@@ -250,9 +282,9 @@ def test_tuning_happens_once_and_keeps_what_there_was_if_nothing_fits(monkeypatc
 
 def test_a_triton_that_does_not_compile_the_hopper_kernel_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend_module, "_refused", set())
-    monkeypatch.setattr(Attend, "_attend_plainly", lambda self, launch: None)
+    monkeypatch.setattr(AttentionKernel, "_attend_plainly", lambda self, launch: None)
     broken = SimpleNamespace(attend_hopper=lambda *_: broken.renamed_since)
-    first, second = (dataclasses.replace(attend_with([CANDIDATES[0]]), hopper=broken) for _ in range(2))
+    first, second = (replace(attend_with([CANDIDATES[0]]), hopper=broken) for _ in range(2))
     assert str(first) == "Hopper kernel"
     with pytest.warns(RainfusionWarning, match=r"does not compile the Hopper kernel .* slower.* 3\.6"):
         first(None, None, None)  # type: ignore[arg-type]
@@ -266,6 +298,11 @@ def test_large_contiguous_tensors_are_read_where_they_lie() -> None:
     assert not attend.wants_copy(x, None)
     assert attend.wants_copy(torch.empty(600, 2**24, device="meta").expand(2, 2, 600, 2**24)[..., :128], None)
     assert attend.wants_copy(x, torch.empty(75600, device="meta"))
+    lengths = torch.ones(1, dtype=torch.int32)
+    assert not attend.wants_copy(x, None, lengths)
+    hopper = replace(attend, hopper=SimpleNamespace(can_fetch=lambda x: True))
+    assert not hopper.wants_copy(x, None)
+    assert hopper.wants_copy(x, None, lengths), "the copy engine reads whole blocks, so padding must be zeros"
 
 
 def test_views_with_another_sign_are_read_as_they_are() -> None:
@@ -286,6 +323,6 @@ def test_tuning_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> 
         return next(times)
 
     times = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(tune, "do_bench", seconds)
+    monkeypatch.setattr(tuning, "do_bench", seconds)
     fitting = [config for config in CANDIDATES if config.rows == 64]
-    assert tune.fastest_first(CANDIDATES, launch) == [fitting[i] for i in (1, 2, 0, 3)]
+    assert tuning.fastest_first(CANDIDATES, launch) == [fitting[i] for i in (1, 2, 0, 3)]

@@ -1,7 +1,7 @@
 """NaN and infinity under a dense kernel with a mask.
 
 Such a kernel multiplies what is masked out by a weight of 0, and 0 times NaN is NaN: a bad number in a block that
-nobody attends to would reach every row. So it is given finite numbers, and the rows that attend to a bad one are
+no row attends to would reach every row. So it is given finite numbers, and the rows that attend to a bad one are
 spoiled afterwards. They become NaN, also where dense attention would give an infinity.
 """
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rainfusion.backends.torch_npu.rung import Attended
-from rainfusion.core.semantics import block_mean
+from rainfusion.core.ops import block_mean
 
 
 def finite(x: Tensor) -> Tensor:
@@ -19,7 +18,9 @@ def finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0)
 
 
-def spoiled(out: Tensor, lse: Tensor | None, k: Tensor, v: Tensor, mask: Tensor, block: tuple[int, int]) -> Attended:
+def spoiled(
+    out: Tensor, lse: Tensor | None, k: Tensor, v: Tensor, mask: Tensor, block: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
     """NaN where a query block attends to a key block that is not finite.
 
     A bad key spoils the row and its log-sum-exp, a bad value its own channel.
@@ -35,7 +36,7 @@ def spoiled(out: Tensor, lse: Tensor | None, k: Tensor, v: Tensor, mask: Tensor,
 
 def _in_blocks(is_bad: Tensor, block: int, heads: int) -> Tensor:
     """Above 0 where a key block has a bad number in that channel: float32 ``[B, H, key blocks, D]``."""
-    share: Tensor = block_mean(is_bad.to(torch.float32), None, block=block)
+    share: Tensor = block_mean(is_bad.to(torch.float32), block=block)
     return share.repeat_interleave(heads // share.shape[1], dim=1)
 
 

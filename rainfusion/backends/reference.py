@@ -1,7 +1,7 @@
-"""ReferenceBackend: no kernel of its own, so every operation runs by its semantics, on NumPy.
+"""ReferenceBackend: no kernel of its own, so every operation runs by its definition, on NumPy.
 
-float64 inputs are computed in float64, all others in float32; memory stays within one query block's
-share of keys and scores (plus one ordered copy of k and v), however long the sequence.
+float64 inputs are computed in float64, all others in float32; memory stays within k and v in block order plus one
+query block's share of keys and scores, however long the sequence.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from rainfusion.backends.interop import as_kind_of, as_numpy, has_bfloat16, host_array, on_cpu, refuse_gradients
+from rainfusion.backends.host_arrays import as_kind_of, as_numpy, check_tensors, has_bfloat16, host_array, on_cpu
 from rainfusion.core.backend import ORACLE, Backend, Capabilities, Device
-from rainfusion.core.ir import Plan
+from rainfusion.core.plan import Plan
 from rainfusion.core.problem import DTYPES
 
 Array = Any
@@ -37,8 +37,8 @@ class ReferenceBackend(Backend):
     def preference(self, plan: Plan, device: Device) -> int:
         return ORACLE
 
-    def check_inputs(self, q: Array, k: Array, v: Array) -> None:
-        refuse_gradients(q, k, v)
+    def check_inputs(self, *tensors: Array) -> None:
+        check_tensors(*tensors)
 
     def to_native(self, array: Array) -> np.ndarray:
         return as_numpy(array)

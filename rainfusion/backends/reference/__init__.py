@@ -1,1 +1,0 @@
-"""The oracle: core.semantics on NumPy. Always there, always right, never in a hurry."""
