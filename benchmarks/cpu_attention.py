@@ -34,7 +34,7 @@ from rainfusion.core.backend import Device
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.mask import BlockMask
 from rainfusion.core.planner import plan
-from rainfusion.core.policy import Fixed, TopK
+from rainfusion.core.policies import Fixed, TopK
 from rainfusion.core.problem import AttentionProblem
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -74,10 +74,10 @@ def measure(tensors: Tensors, grid: tuple[int, int, int], sparsity: float, round
             run()
             times[name].append((time.perf_counter() - start) * 1e3)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
-    made = plan(AttentionProblem.from_tensors(*tensors), TokenLayout(grid), TopK(sparsity))
+    planned = plan(AttentionProblem.from_tensors(*tensors), TokenLayout(grid), TopK(sparsity))
     # What else runs here slows the variants unequally: more threads than free cores hurt those that wait for all.
     load = os.getloadavg()[0]
-    return {"sparsity": made.sparsity, "load": load, "median_ms": medians, "all_ms": times, "relative_l2": errors}
+    return {"sparsity": planned.sparsity, "load": load, "median_ms": medians, "all_ms": times, "relative_l2": errors}
 
 
 def show(dtype: str, shape: tuple[int, ...], run: dict[str, Any]) -> None:

@@ -17,10 +17,11 @@ from itertools import pairwise
 import numpy as np
 
 import rainfusion
-from rainfusion.clip import decode, features
-from rainfusion.clip.metrics import block_mass, block_scores, recall
-from rainfusion.core.layout import Grid, TokenLayout
-from rainfusion.core.semantics import block_mean, select
+from rainfusion.demo import decode, features
+from rainfusion.demo.metrics import block_mass, block_scores, recall
+from rainfusion.core.layout import TokenLayout
+from rainfusion.core.ops import block_mean, select
+from rainfusion.core.windows import Sizes
 
 CLIPS = ("bikes", "bigbuckbunny", "carphone")
 BLOCK, PARTS = 128, 4
@@ -30,7 +31,7 @@ Rule = Callable[[np.ndarray, np.ndarray, TokenLayout, float], np.ndarray]
 
 def main() -> None:
     args = arguments()
-    grid: Grid = tuple(int(n) for n in args.grid.split("x"))  # type: ignore[assignment]
+    grid: Sizes = tuple(int(n) for n in args.grid.split("x"))  # type: ignore[assignment]
     layout = TokenLayout(grid, block=BLOCK)
     length = layout.length or 0
     rows, columns = layout.axis(length, 0), layout.axis(length, 1)
@@ -42,7 +43,8 @@ def main() -> None:
         mass = block_mass(q, k, layout, scale)
         shares = []
         for rule in RULES.values():
-            mask = select(rule(q, k, layout, scale), policy=rainfusion.TopK(args.sparsity), q=rows, kv=columns)
+            quotas = rainfusion.TopK(args.sparsity).budget(rows, columns, q.shape[1]).quotas
+            mask = select(rule(q, k, layout, scale), quotas, q=rows, kv=columns)
             shares.append(recall(mass, mask, rows.counts).mean())
         print(f"{clip:>13} " + " ".join(f"{share:>11.3f}" for share in shares), flush=True)
 

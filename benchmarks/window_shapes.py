@@ -13,17 +13,18 @@ import argparse
 from itertools import product
 
 import rainfusion
-from rainfusion.clip import decode, features
-from rainfusion.clip.metrics import block_mass, block_scores, recall
-from rainfusion.core.layout import Grid, times
-from rainfusion.core.semantics import select
+from rainfusion.demo import decode, features
+from rainfusion.demo.metrics import block_mass, block_scores, recall
+from rainfusion.core.layout import times
+from rainfusion.core.ops import select
+from rainfusion.core.windows import Sizes
 
 CLIPS = ("bikes", "bigbuckbunny", "carphone")
 
 
 def main() -> None:
     args = arguments()
-    grid: Grid = tuple(int(n) for n in args.grid.split("x"))  # type: ignore[assignment]
+    grid: Sizes = tuple(int(n) for n in args.grid.split("x"))  # type: ignore[assignment]
     default = rainfusion.TokenLayout(grid, block=args.block, sink=None).window
     tensors = {clip: features.qkv(decode.load(clip, grid), grid)[:2] for clip in CLIPS}
     rows = [
@@ -46,20 +47,21 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def shapes(volume: int, grid: Grid) -> list[Grid]:
+def shapes(volume: int, grid: Sizes) -> list[Sizes]:
     """Windows of the volume that fit into the grid, no more than four times as wide as high or as high as wide."""
     divisors = [n for n in range(1, volume + 1) if volume % n == 0]
     windows = [(t, h, volume // (t * h)) for t, h in product(divisors, divisors) if volume % (t * h) == 0]
     return [w for w in windows if all(a <= b for a, b in zip(w, grid, strict=True)) and 1 / 4 <= w[1] / w[2] <= 4]
 
 
-def kept_mass(q: object, k: object, grid: Grid, window: Grid, args: argparse.Namespace) -> float:
+def kept_mass(q: object, k: object, grid: Sizes, window: Sizes, args: argparse.Namespace) -> float:
     """Mean recall over heads of the blocks that block means choose in windows of this shape."""
     layout = rainfusion.TokenLayout(grid, window=window, block=args.block, sink=None)
     length, scale = layout.length or 0, q.shape[3] ** -0.5  # type: ignore[attr-defined]
     rows, columns = layout.axis(length, 0), layout.axis(length, 1)
     scores = block_scores(q, k, layout, scale)
-    mask = select(scores, policy=rainfusion.TopK(args.sparsity), q=rows, kv=columns)
+    quotas = rainfusion.TopK(args.sparsity).budget(rows, columns, 1).quotas
+    mask = select(scores, quotas, q=rows, kv=columns)
     return float(recall(block_mass(q, k, layout, scale), mask, rows.counts).mean())
 
 

@@ -1,4 +1,4 @@
-"""The command ``rainfusion``: devices, plan, run, parity, matrix."""
+"""The command ``rainfusion``: devices, plan, run, parity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _FAILED = 2
 
 
 def main() -> None:
-    """Run the command; every error of rainfusion is one line on stderr and exit status 2."""
+    """Run the command; every error of rainfusion, and every option that is not understood, is one line and status 2."""
     try:
         from rainfusion.cli.app import app
     except ModuleNotFoundError as missing:
@@ -21,4 +21,4 @@ def main() -> None:
     from rainfusion.cli.console import errors_as_lines
 
     with errors_as_lines():
-        app(prog_name="rainfusion")
+        sys.exit(app(prog_name="rainfusion", standalone_mode=False) or 0)

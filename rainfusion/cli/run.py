@@ -10,42 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rainfusion.cli import arguments
-from rainfusion.cli.arguments import (
-    BLOCK,
-    COUNTING,
-    FLOOR,
-    JSON,
-    SINK,
-    SPARSITY,
-    TEXT,
-    TEXT_POSITION,
-    TOP_P,
-    WINDOW,
-)
+from rainfusion.cli.arguments import JSON, Selection, takes_selection
 
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from rainfusion.clip.compare import Comparison
+    from rainfusion.demo.compare import Comparison
 
 
+@takes_selection
 def run(
     clip: Annotated[str, typer.Argument(help="A video file, or bikes, bigbuckbunny or carphone.")] = "bikes",
     grid: Annotated[str, typer.Option(metavar="FxHxW", help="Tokens: frames x height x width.")] = "21x16x32",
     start: Annotated[int | None, typer.Option(min=0, help="First frame of the clip to take.")] = None,
-    text: TEXT = 0,
-    text_position: TEXT_POSITION = "end",
+    *,
+    selection: Selection,
     heads: Annotated[int, typer.Option(help="Heads, from diffuse to peaked.")] = 4,
     head_dim: Annotated[int, typer.Option(help="Channels a head.")] = 64,
     dtype: Annotated[str | None, typer.Option(help="\\[default: float32 on a CPU, bfloat16 elsewhere]")] = None,
-    sparsity: SPARSITY = None,
-    top_p: TOP_P = None,
-    floor: FLOOR = 0.0,
-    counting: COUNTING = "realised",
-    block: BLOCK = "128",
-    window: WINDOW = None,
-    sink: SINK = True,
     omitted: Annotated[str, typer.Option(help="Whose error the picture shows: 'drop' or 'summary'.")] = "drop",
     backend: Annotated[str | None, typer.Option(help="Backend by name.  \\[default: the best that is here]")] = None,
     device: Annotated[str | None, typer.Option(help="Device such as 'cpu' or 'cuda:0'.  \\[default: the best]")] = None,
@@ -67,35 +49,37 @@ def run(
     Example: [cyan]rainfusion run bikes --png demo.png[/]
     """
     from rainfusion.cli.console import print_json, stderr, stdout
-    from rainfusion.clip import decode, features
-    from rainfusion.clip.compare import VARIANTS, compare, settle
-    from rainfusion.clip.style import require_matplotlib
     from rainfusion.core.checks import one_of
     from rainfusion.core.errors import ProblemError
-    from rainfusion.core.layout import TokenLayout
     from rainfusion.core.problem import AttentionProblem
+    from rainfusion.demo import decode, features
+    from rainfusion.demo.compare import VARIANTS, compare, settle
+    from rainfusion.demo.style import require_matplotlib
 
     one_of(omitted, VARIANTS, "omitted", ProblemError)
     if png is not None:
         require_matplotlib()
-    shape = arguments.grid(grid)
-    layout = TokenLayout(
-        shape, text, text_position, arguments.window(window), arguments.block(block), "first_frame" if sink else None
-    )
-    policy = arguments.policy(sparsity, top_p, floor, counting)
-    length = layout.length or 0
+    layout, policy = selection.layout(grid), selection.policy()
+    shape, length = layout.grids[0].sizes, layout.length or 0
     problem = AttentionProblem(1, heads, length, length, head_dim)
+    features.check_size(length, heads, head_dim)
     setting = settle(problem, layout, policy, backend=backend, device=device, dtype=dtype)
     with _progress() as step:
         step(f"Decoding {clip}")
         frames = decode.load(clip, shape, start=start)
         step("Making Q, K and V")
         tensors = features.qkv(
-            frames, shape, heads=heads, head_dim=head_dim, text=text, text_position=text_position, seed=seed
+            frames,
+            shape,
+            heads=heads,
+            head_dim=head_dim,
+            text=selection.text,
+            text_position=selection.text_position,
+            seed=seed,
         )
         found = compare(*tensors, setting, rounds=rounds, seed=seed, progress=step)
         if png is not None:
-            from rainfusion.clip.picture import draw
+            from rainfusion.demo.picture import draw
 
             step(f"Drawing {png}")
             draw(png, Path(clip).stem, frames, found, omitted)
@@ -114,8 +98,8 @@ def record_of(found: Comparison, clip: str, seed: int) -> dict[str, Any]:
         "clip": clip,
         "seed": seed,
         "problem": asdict(found.plan.problem),
-        "layout": asdict(found.plan.layout),
-        "policy": str(found.plan.policy),
+        "layout": found.plan.layout.to_dict(),
+        "policy": str(found.policy),
         "backend": found.backend,
         "device": str(found.device),
         "device_name": found.device.name,
@@ -142,7 +126,7 @@ def _report(record: dict[str, Any], found: Comparison) -> Any:
         f"{problem.heads} heads of {problem.head_dim}, {problem.dtype}",
         f"[bold green]{escape(found.why)}[/]",
         *(f"[dim]out: {r.backend} ({r.stage}): {escape(r.reason)}[/]" for r in found.refusals),
-        f"{record['sparsity']:.2%} of block pairs skipped ({escape(str(found.plan.policy))})",
+        f"{record['sparsity']:.2%} of block pairs skipped ({escape(str(found.policy))})",
         "",
     ]
     timed = Text(f"median of {found.rounds} interleaved rounds after a warm-up, all on this backend", style="dim")
@@ -153,14 +137,14 @@ def _report(record: dict[str, Any], found: Comparison) -> Any:
 
 
 def _always(found: Comparison) -> str:
-    protected = " and ".join(r.name.replace("_", " ") for r in found.plan.layout.protected)
+    protected = ", ".join(r.name.replace("_", " ") for r in found.plan.layout.protected)
     return f", the {protected} always among them" if protected else ""
 
 
 def _outputs(found: Comparison) -> Any:
     from rich.table import Table
 
-    from rainfusion.clip.compare import VARIANTS
+    from rainfusion.demo.compare import VARIANTS
 
     table = Table("skipped blocks", box=None, pad_edge=False)
     for name in ("time", "time / dense", "speed-up", "relative L1", "cosine"):

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import rainfusion
-from rainfusion import cli
+from rainfusion import Grid, Text, Tokens, cli
 from rainfusion.cli.app import app
 
 SMALL = ["--grid", "5x8x16", "--block", "32", "--heads", "2", "--sparsity", "0.5", "--rounds", "1"]
@@ -35,7 +35,7 @@ def test_version():
     assert command("--version").stdout == f"rainfusion {rainfusion.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["devices", "plan", "run", "parity", "matrix"])
+@pytest.mark.parametrize("name", ["devices", "plan", "run", "parity"])
 def test_every_command_has_help(name):
     answer = command(name, "--help")
     assert answer.exit_code == 0
@@ -94,27 +94,70 @@ def test_plan_shows_the_program_and_the_figures():
     problem = rainfusion.AttentionProblem(1, 40, 75600, 75600, 128, "bfloat16")
     assert str(rainfusion.plan(problem, rainfusion.TokenLayout((21, 45, 80)))) in shown
     assert "29 rows, 29 columns (first frame)" in shown
-    assert "the same number would skip 72.24%" in shown
+    assert "64 or 65 of 562 unprotected key blocks, in each of the other 562 rows" in shown
+    assert "protection takes 47.87% of all that is kept" in shown
+    assert "the same number would skip 71.28% to 75.95%" in shown
 
 
 def test_plan_as_json_is_a_plan_again(tmp_path):
     answer = command(
         "plan", "--grid", "5x8x8", "--text", 9, "--text-position", "start", "--heads", 2, "--head-dim", 32,
-        "--dtype", "float32", "--block", "64x32", "--window", "1x8x8", "--no-sink", "--omitted", "summary",
+        "--dtype", "float32", "--block", "64x32", "--window", "1x8x8", "--sink", "none", "--omitted", "summary",
         "--sparsity", "0.5", "--counting", "paper", "--png", tmp_path / "plan.png", "--json",
     )  # fmt: skip
     record = json.loads(answer.stdout)
-    made = rainfusion.Plan.from_json(json.dumps(record["plan"]))
-    assert made.layout == rainfusion.TokenLayout((5, 8, 8), 9, "start", (1, 8, 8), (64, 32), None)
-    assert record["density"] == made.density
+    plan = rainfusion.Plan.from_json(json.dumps(record["plan"]))
+    assert plan.layout == rainfusion.TokenLayout((5, 8, 8), 9, "start", (1, 8, 8), (64, 32), None)
+    assert record["density"] is None
+    low, high = record["density_bounds"]
+    assert 0 < low < high < 1
     assert record["other_counting"]["counting"] == "realised"
+    assert record["other_counting"]["sparsity_bounds"][0] == pytest.approx(0.5, abs=0.02)
+    assert record["notes"] == []
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
 def test_plan_by_mass_is_decided_by_the_data():
     answer = command("plan", "--grid", "5x8x8", "--top-p", "0.9", "--floor", "0.1")
-    assert "decided by the data: topp(mass=0.9, floor=0.1)" in answer.stdout
+    assert "topp(mass=0.9, floor=0.1)" in answer.stdout
+    assert "decided by the data" in answer.stdout
     assert json.loads(command("plan", "--grid", "5x8x8", "--top-p", "0.9", "--json").stdout)["density"] is None
+
+
+def test_plan_of_parts(tmp_path):
+    record = json.loads(
+        command(
+            "plan", "--parts", "text:37,grid:1x13x15,grid:5x8x8:first_frame_keys+last_frame,tokens:20,grid:2x4x4",
+            "--sink", "none", "--block", 16, "--heads", 2, "--sparsity", "0.3,0.5", "--png", tmp_path / "plan.png",
+            "--json",
+        ).stdout
+    )  # fmt: skip
+    parts = (Text(37), Grid(1, 13, 15), Grid(5, 8, 8, sink=("first_frame_keys", "last_frame")), Tokens(20))
+    layout = rainfusion.TokenLayout(parts=(*parts, Grid(2, 4, 4, sink=None)), block=16)
+    assert rainfusion.Plan.from_json(json.dumps(record["plan"])).layout == layout
+    assert record["policy"] == "topk(sparsity=0.3..0.5 a head)"
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("sink", "shown"),
+    [
+        ("first_frame", "4 rows, 4 columns (first frame)"),
+        ("first_frame_keys", "0 rows, 4 columns (first frame as keys)"),
+        ("last_frame", "4 rows, 4 columns (last frame)"),
+        ("last_frame_keys+first_frame", "4 rows, 8 columns (last frame as keys, first frame)"),
+        ("none", "0 rows, 0 columns (nothing)"),
+    ],
+)
+def test_plan_with_every_sink(sink, shown):
+    assert shown in command("plan", "--grid", "9x8x8", "--block", 16, "--sparsity", 0.1, "--sink", sink).stdout
+
+
+def test_plan_with_both_budgets_is_hybrid_and_with_lengths_reads_them():
+    shown = command("plan", "--grid", "9x8x8", "--block", 16, "--sparsity", 0.7, "--top-p", 0.75, "--kv-lengths").stdout
+    assert "hybrid(sparsity=0.7, mass=0.75)" in shown
+    assert "given %q %k %v %kv_lengths" in shown
+    assert "the fewest key blocks that hold 75% of the mass, at least" in shown
 
 
 @pytest.mark.parametrize(
@@ -123,20 +166,71 @@ def test_plan_by_mass_is_decided_by_the_data():
         (["--grid", "5x8"], "write it like 21x45x80"),
         (["--grid", "5x8xw"], "write it like 21x45x80"),
         (["--grid", "5x8x8", "--block", "1x2x3"], "write it like 128 or 128x64"),
-        (["--grid", "5x8x8", "--floor", "0.1"], "goes with --top-p"),
-        (["--grid", "5x8x8", "--top-p", "0.9", "--sparsity", "0.5"], "excludes --top-p"),
+        (["--grid", f"{'9' * 5000}x1x1"], "write it like 21x45x80"),
+        (["--grid", "5x8x8", "--floor", "0.1"], "goes with --top-p alone"),
+        (["--grid", "5x8x8", "--floor", "0.1", "--top-p", "0.9", "--sparsity", "0.5"], "goes with --top-p alone"),
+        (["--grid", "5x8x8", "--top-p", "0.9", "--counting", "paper"], "excludes --top-p"),
+        (["--grid", "5x8x8", "--sparsity", "much"], "is not a number; write 0.8"),
+        (["--grid", "5x8x8", "--sink", "middle"], "'middle' is not known; give first_frame, "),
+        (["--grid", "5x8x8", "--parts", "text:3"], "--grid / --parts: give one of them"),
+        ([], "--grid / --parts: give one of them"),
+        (["--parts", "text:3,image:5x5"], "'image:5x5' is not a part; write them like text:37,"),
+        (["--parts", "text:3:first_frame"], "'text:3:first_frame' is not a part"),
+        (["--parts", "grid:5x5"], "write it like 21x45x80"),
+        (["--parts", "grid:5x5x5:middle"], "'middle' is not known"),
+        (["--parts", "grid:5x5x5", "--text", "4"], "excludes --parts; write text:COUNT where the text stands"),
+        (["--no-such-option"], "No such option"),
     ],
 )
-def test_options_that_are_not_understood(arguments, said):
-    answer = command("plan", *arguments)
-    assert answer.exit_code == 2
-    assert said in answer.stderr
+def test_options_that_are_not_understood_are_one_line(capfd, monkeypatch, arguments, said):
+    code, out, err = main(capfd, monkeypatch, "plan", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert len(err) < 400
+
+
+def test_without_a_command_the_help_is_shown(capfd, monkeypatch):
+    code, out, err = main(capfd, monkeypatch)
+    assert code == 2
+    assert "Usage" in out + err
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "--grid", "80000000x1x1", "--block", "1"],
+        ["plan", "--parts", "text:2000000000,grid:1x8x8", "--block", "1"],
+        ["plan", "--grid", "1x46340x46340", "--block", "1048576", "--png", "huge.png"],
+        ["run", "--grid", "1x20000x20000", "--block", "65536"],
+        ["run", "--heads", "2000000000"],
+    ],
+    ids=" ".join,
+)
+def test_sizes_that_no_machine_can_hold_are_refused_before_memory_is_touched(tmp_path, arguments):
+    import resource
+
+    done = subprocess.run(
+        [sys.executable, "-m", "rainfusion.cli", *arguments],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4_000_000_000, 4_000_000_000)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--sparsity", "1"], "sparsity=1.0 is out of range"),
+        (["--sparsity", "0.1,0.2"], "sparsity has 2 shares for 40 heads"),
         (["--dtype", "int8"], "dtype='int8' is not known"),
         (["--window", "3x3x3"], "do not fill whole blocks"),
         (["--omitted", "keep"], "omitted='keep' is not known"),
@@ -151,12 +245,20 @@ def test_what_rainfusion_refuses_is_one_line(capfd, monkeypatch, arguments, said
     assert len(err.splitlines()) == 1
 
 
-def test_a_warning_is_one_line_too(capfd, monkeypatch):
+def test_what_a_budget_cannot_reach_is_a_note(capfd, monkeypatch):
     code, out, err = main(capfd, monkeypatch, "plan", "--grid", "2x64x64", "--sparsity", "0.9")
-    assert code == 0
-    assert "plan v1" in out
-    assert err.startswith("warning: sparsity=0.9 cannot be reached")
-    assert len(err.splitlines()) == 1
+    assert (code, err) == (0, "")
+    assert "plan v2" in out
+    assert "note       sparsity=0.9 cannot be reached" in out
+    (note,) = json.loads(command("plan", "--grid", "2x64x64", "--sparsity", "0.9", "--json").stdout)["notes"]
+    assert note.startswith("sparsity=0.9 cannot be reached")
+
+
+def test_a_budget_that_protection_takes_is_a_note():
+    shown = command("plan", "--grid", "21x45x80", "--sparsity", "0.9").stdout
+    assert "2 or 3 of 562 unprotected key blocks" in shown
+    assert "protection takes 95.73% of all that is kept" in shown
+    assert "note       protection (first frame) takes 96% of what is kept" in shown
 
 
 # -- run -------------------------------------------------------------------------------------------
@@ -178,6 +280,26 @@ def test_run_as_json_on_a_named_backend():
     assert record["sparsity"] == pytest.approx(0.5, abs=0.001)
     assert record["recall"]["raster"] < record["recall"]["oracle"]
     assert set(record["omitted"]) == {"drop", "summary"}
+
+
+def test_run_warns_of_a_budget_in_one_line(capfd, monkeypatch):
+    sizes = ["--grid", "2x16x16", "--block", "16", "--heads", "1", "--rounds", "1", "--backend", "reference"]
+    code, _, err = main(capfd, monkeypatch, "run", "bikes", *sizes, "--sparsity", "0.9")
+    assert code == 0
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert [note[:40] for note in notes] == ["note: sparsity=0.9 cannot be reached on "]
+
+
+def test_run_takes_the_options_that_plan_takes():
+    shown = command(
+        "run", "carphone", *SMALL[:-4], "--rounds", 1, "--backend", "reference", "--sink", "first_frame_keys",
+        "--sparsity", "0.4,0.6", "--text", 9, "--text-position", "start", "--json",
+    )  # fmt: skip
+    record = json.loads(shown.stdout)
+    assert record["policy"] == "topk(sparsity=0.4..0.6 a head)"
+    assert record["layout"]["parts"][0] == {"text": 9}
+    assert record["layout"]["parts"][1]["sink"] == ["first_frame_keys"]
+    assert record["sparsity"] == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +325,7 @@ def test_run_refuses_in_one_line(capfd, monkeypatch, arguments, said):
 def test_run_without_the_demo_extra(capfd, monkeypatch, missing):
     from importlib.util import find_spec
 
-    for module in ("rainfusion.clip.decode", "rainfusion.clip.style"):
+    for module in ("rainfusion.demo.decode", "rainfusion.demo.style"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == missing else find_spec(name))
     code, out, err = main(capfd, monkeypatch, "run", "--png", "demo.png")
     assert (code, out) == (2, "")
@@ -313,44 +435,6 @@ def test_parity_says_which_options_do_not_go_together(reports):
     assert both.exit_code == 2
     assert "--compare runs none" in both.stderr
     assert "give two reports to --compare" in command("parity").stderr
-
-
-# -- matrix ----------------------------------------------------------------------------------------
-
-TARGETS = """
-[chips.here]
-vendor = "Acme"
-name = "this machine"
-architecture = "any"
-recognise = ["*"]
-
-[[target]]
-backend = "reference"
-chip = "here"
-device = "cpu"
-runtime = "NumPy"
-dtypes = ["float16", "bfloat16", "float32", "float64"]
-"""
-
-
-def test_matrix_writes_the_table_and_checks_it(tmp_path):
-    (tmp_path / "targets.toml").write_text(TARGETS)
-    stale = command("matrix", "--folder", tmp_path, "--check")
-    assert stale.exit_code == 1
-    assert "MATRIX.md is not what the records say; run rainfusion matrix" in stale.stderr
-    written = command("matrix", "--folder", tmp_path)
-    assert written.exit_code == 0
-    assert "reference-here" in written.stdout
-    assert "⬜ f16 bf16 f32 f64" in (tmp_path / "MATRIX.md").read_text(encoding="utf-8")
-    assert command("matrix", "--folder", tmp_path, "--check").exit_code == 0
-    cells = json.loads(command("matrix", "--folder", tmp_path, "--check", "--json").stdout)["targets"]
-    assert cells["reference-here"]["float32"] == {"status": "not run", "by": "", "known_failures": 0, "cases": ""}
-
-
-def test_matrix_without_a_checkout_is_one_line(capfd, monkeypatch, tmp_path):
-    code, out, err = main(capfd, monkeypatch, "matrix", "--folder", tmp_path)
-    assert (code, out) == (2, "")
-    assert "run in a checkout of rainfusion, or give --folder" in err
 
 
 def test_no_demo_file_was_left_behind():

@@ -14,6 +14,7 @@ import pytest
 
 import rainfusion
 from rainfusion import Backend, BackendSpec, Capabilities, Device
+from rainfusion.core.choice import Candidate
 from rainfusion.core.errors import (
     BackendError,
     BackendUnavailableError,
@@ -22,7 +23,6 @@ from rainfusion.core.errors import (
     RainfusionWarning,
     UnknownBackendError,
 )
-from rainfusion.core.select import Candidate
 from rainfusion.plugins.manager import host
 
 X = np.random.default_rng(0).standard_normal((1, 2, 300, 16)).astype(np.float32)
@@ -149,8 +149,8 @@ def test_use_ends_with_an_exception_and_stays_in_its_thread() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    for ask in (lambda: chosen(backend="nobody"), lambda: rainfusion.use("nobody").__enter__()):
-        with pytest.raises(UnknownBackendError, match="'nobody' is not known; choose one of reference, "):
+    for ask in (lambda: chosen(backend="nothing"), lambda: rainfusion.use("nothing").__enter__()):
+        with pytest.raises(UnknownBackendError, match="'nothing' is not known; choose one of reference, "):
             ask()
 
 
@@ -159,7 +159,7 @@ def test_one_without_a_device_is_refused_by_name() -> None:
         rainfusion.lower(PLAN, backend="absent")
 
 
-def test_when_nobody_can_the_error_is_a_table_of_everybody() -> None:
+def test_when_none_can_the_error_is_a_table_of_all() -> None:
     with pytest.raises(NoBackendError) as refusal:
         rainfusion.lower(PLAN, device="abacus:7")
     title, heading, *rows = str(refusal.value).splitlines()
@@ -190,9 +190,40 @@ def test_registering_twice_and_taking_back_what_was_not_registered_are_errors() 
         rainfusion.register(BackendSpec("reference", "elsewhere:Reference"))
     with pytest.raises(BackendError, match="incomplete"):
         rainfusion.register(BackendSpec("x", "no_colon"))
-    for name in ("nobody", "reference"):
+    for name in ("nothing", "reference"):
         with pytest.raises(UnknownBackendError, match=r"was not announced by rainfusion\.register"):
             rainfusion.unregister(name)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("target", 5, "text, 'package.module:Class'"),
+        ("requires", "torch", "a tuple of module names"),
+        ("install", None, "text"),
+        ("isolate", "no", "True or False"),
+        ("revision", 1.5, "a whole number"),
+        ("arrays", "torch:cuda", r"a tuple such as \('torch:cuda',\)"),
+        ("arrays", (object(),), "a tuple such as"),
+        ("api", "1", "a whole number"),
+        ("api", True, "a whole number"),
+    ],
+)
+def test_a_spec_of_other_kinds_of_values_is_refused_by_field(field: str, value: Any, wanted: str) -> None:
+    with pytest.raises(BackendError, match=f"backend 'x' has {field}=.*; give {wanted}"):
+        rainfusion.register(BackendSpec(**{"name": "x", "target": "m:X", field: value}))
+
+
+@pytest.mark.parametrize("api", [0, 2])
+def test_a_backend_of_another_interface_is_not_imported(api: int) -> None:
+    rainfusion.register(BackendSpec("other", "backends_of_a_test:Missing", api=api))
+    try:
+        reason = f"backend 'other' was written for interface {api}; this rainfusion has 1"
+        with pytest.raises(BackendUnavailableError, match=reason):
+            chosen(backend="other")
+        assert reason in [r.reason for r in rainfusion.choose(PLAN, like=X).refusals]
+    finally:
+        rainfusion.unregister("other")
 
 
 def test_what_was_taken_back_is_not_called_again() -> None:
@@ -213,7 +244,7 @@ class Override:
         self.say = say
 
     @rainfusion.hookimpl
-    def rainfusion_select(self, plan: rainfusion.Plan, candidates: Sequence[Candidate]) -> Candidate | None:
+    def rainfusion_choose_backend(self, plan: rainfusion.Plan, candidates: Sequence[Candidate]) -> Candidate | None:
         return self.say(candidates)  # type: ignore[no-any-return]
 
 
@@ -233,7 +264,7 @@ def override() -> Iterator[Any]:
 def test_a_plugin_overrides_the_ranking_of_an_automatic_choice_only(override: Any) -> None:
     override(lambda able: next(c for c in able if c.backend.name == "reference"))
     choice = rainfusion.choose(PLAN, like=X)
-    assert choice.why == "reference on cpu: chosen by a plugin's rainfusion_select"
+    assert choice.why == "reference on cpu: chosen by a plugin's rainfusion_choose_backend"
     assert chosen(backend="picky") == "picky"
 
 
@@ -249,7 +280,7 @@ def test_a_plugin_may_abstain(override: Any) -> None:
 )
 def test_a_plugin_that_misbehaves_is_reported_and_passed_over(override: Any, say: Any) -> None:
     override(say)
-    with pytest.warns(RainfusionWarning, match="rainfusion_select"):
+    with pytest.warns(RainfusionWarning, match="rainfusion_choose_backend"):
         assert chosen() == "picky"
 
 

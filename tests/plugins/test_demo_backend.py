@@ -8,6 +8,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import rainfusion
+
 DEMO = Path(__file__).parent.parent / "demo_backend"
 ATTENTION = """
     import numpy as np
@@ -46,25 +48,44 @@ def test_its_arrays_choose_it(demo: Any) -> None:
     assert demo.ask(_lines(ATTENTION, code)) == ["acme", "AcmeArray"]
 
 
-def test_its_kernel_runs_and_the_semantics_fill_the_gaps(demo: Any) -> None:
+def test_its_kernel_runs_and_definitions_fill_the_gaps(demo: Any) -> None:
     code = """
-        made = rainfusion.plan(problem, policy=half, omitted="summary")
-        answer = str(rainfusion.lower(made, device="acme:0")).splitlines()[1:]
+        plan = rainfusion.plan(problem, policy=half, omitted="summary")
+        answer = str(rainfusion.lower(plan, device="acme:0")).splitlines()[1:]
     """
     steps = [line.split() for line in demo.ask(_lines(ATTENTION, code))]
     assert steps == [
-        *[["semantics", op] for op in ("block_mean", "block_mean", "block_mean", "block_score", "select")],
+        *[["definition", op] for op in ("block_mean", "block_mean", "block_mean", "block_score", "select")],
         ["acme", "attend"],
-        ["semantics", "attend"],
-        ["semantics", "merge"],
+        ["definition", "attend_means"],
+        ["definition", "merge"],
     ]
+
+
+def test_it_imports_public_names_alone() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (DEMO / "acme_rainfusion").glob("*.py"))
+    assert {*re.findall(r"(?:from|import) (rainfusion[\w.]*)", sources)} == {"rainfusion"}
+    for names in re.findall(r"from rainfusion import (.*)", sources):
+        assert {*names.split(", ")} <= {*rainfusion.__all__}
+
+
+def test_it_computes_what_the_reference_does(demo: Any) -> None:
+    code = """
+        parts = (rainfusion.Text(9), rainfusion.Grid(3, 8, 12), rainfusion.Text(3))
+        settings = {"parts": parts, "block": 32, "sparsity": 0.2, "omitted": "summary", "kv_lengths": np.array([298])}
+        out = rainfusion.attention(q, k, v, **settings)
+        plain = [np.asarray(x) for x in (q, k, v)]
+        expected = rainfusion.attention(*plain, backend="reference", **settings)
+        answer = float(abs(np.asarray(out) - expected).max())
+    """
+    assert demo.ask(_lines(ATTENTION, code)) < 1e-5
 
 
 def test_strict_lowering_says_what_it_has_no_kernel_for(demo: Any) -> None:
     code = """
-        made = rainfusion.plan(problem, policy=half)
+        plan = rainfusion.plan(problem, policy=half)
         try:
-            rainfusion.lower(made, device="acme:0", strict=True)
+            rainfusion.lower(plan, device="acme:0", strict=True)
         except rainfusion.core.errors.LoweringError as error:
             answer = str(error)
     """

@@ -70,11 +70,26 @@ def test_a_plugin_that_does_not_load_is_one_row(site: Any, source: str, reason: 
     [
         ("def rainfusion_backends(): return ['acme']", "BackendError: rainfusion_backends yields 'acme'"),
         ("def rainfusion_backends(): return [BackendSpec('x', 'no colon')]", "BackendError: BackendSpec(name='x'"),
+        (
+            "def rainfusion_backends(): return [BackendSpec('x', 'm:X', arrays='numpy')]",
+            "backend 'x' has arrays='numpy'; give a tuple such as ('torch:cuda',)",
+        ),
+        ("def rainfusion_backends(): return [BackendSpec('x', 'm:X', api='1')]", "has api='1'; give a whole number"),
+        ("def rainfusion_backends(): return [BackendSpec(7, 'm:X')]", "backend 7 has name=7; give text"),
         ("def rainfusion_backends(): raise KeyError('chip')", "KeyError: 'chip'"),
         ("def rainfusion_backends(device): return []", "PluginValidationError"),
         ("def rainfusion_backend(): return []", "PluginValidationError"),
     ],
-    ids=["no spec", "no target", "raises", "wrong argument", "misspelt"],
+    ids=[
+        "no spec",
+        "no target",
+        "text for arrays",
+        "text for api",
+        "number for a name",
+        "raises",
+        "wrong argument",
+        "misspelt",
+    ],
 )
 def test_a_hook_that_misbehaves_is_one_row(site: Any, hook: str, reason: str) -> None:
     source = f"from rainfusion import BackendSpec, hookimpl\n@hookimpl\n{hook}\n"
@@ -118,6 +133,32 @@ def test_a_backend_that_is_not_available_is_one_row_and_does_not_disturb_a_call(
     assert site.ask(call + "answer = rainfusion.attention(x, x, x, sparsity=0).tolist() == x.tolist()")
 
 
+def test_a_backend_of_another_interface_is_refused_with_a_sentence(site: Any) -> None:
+    source = """
+        from rainfusion import BackendSpec, hookimpl
+
+        @hookimpl
+        def rainfusion_backends():
+            yield BackendSpec("later", "no_such_module:Later", api=2)
+    """
+    site.add("later", {"later": "later_plugin"}, {"later_plugin.py": source})
+    rows = site.ask(ROWS)
+    assert failures(rows)["later"] == (
+        "load",
+        "backend 'later' was written for interface 2; this rainfusion has 1",
+    )
+    assert "reference" in ready(rows)
+    asked = """
+        import numpy, rainfusion
+        x = numpy.ones((1, 1, 9, 8), 'float32')
+        try:
+            rainfusion.attention(x, x, x, backend="later")
+        except rainfusion.BackendUnavailableError as error:
+            answer = str(error)
+    """
+    assert site.ask(asked).endswith("this rainfusion has 1; install versions of both that go together")
+
+
 def test_requirements_are_looked_up_not_imported(site: Any) -> None:
     source = """
         from rainfusion import BackendSpec, hookimpl
@@ -143,7 +184,7 @@ def test_a_package_that_failed_to_import_is_not_imported_again(site: Any, plugin
         import contextlib, io, os
         from rainfusion import BackendSpec
         from rainfusion.core.errors import BackendUnavailableError
-        from rainfusion.plugins.manager import load
+        from rainfusion.plugins.loading import load
 
         said, printed = [], io.StringIO()
         for name in ("first", "second"):
@@ -189,7 +230,7 @@ def test_the_reference_cannot_be_replaced(site: Any, plugin: Any) -> None:
         except rainfusion.core.errors.DuplicateBackendError as error:
             answer = str(error)
     """
-    assert "usurper_backend:Reference" in site.ask("import rainfusion.api\n" + code.replace("\n        ", "\n"))
+    assert "usurper_backend:Reference" in site.ask("import rainfusion.functional\n" + code.replace("\n        ", "\n"))
 
 
 @pytest.mark.parametrize(
