@@ -71,7 +71,7 @@ def test_it_imports_public_names_alone() -> None:
 
 def test_it_computes_what_the_reference_does(demo: Any) -> None:
     code = """
-        parts = (rainfusion.Text(9), rainfusion.Grid(3, 8, 12), rainfusion.Text(3))
+        parts = (rainfusion.Text(9), rainfusion.Grid(3, 8, 12, sink=None), rainfusion.Text(3))
         settings = {"parts": parts, "block": 32, "sparsity": 0.2, "omitted": "summary", "kv_lengths": np.array([298])}
         out = rainfusion.attention(q, k, v, **settings)
         plain = [np.asarray(x) for x in (q, k, v)]

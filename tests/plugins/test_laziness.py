@@ -48,7 +48,8 @@ CHOOSE = """
         _, refusals = host().backends(LIKE)
         refused = {r.backend: r.reason for r in refusals}
     prefix = "rainfusion.backends."
-    backends = {m.removeprefix(prefix).partition(".")[0] for m in sys.modules if m.startswith(prefix) and m.count(".") > 2}
+    modules = [m.removeprefix(prefix) for m in sys.modules if m.startswith(prefix)]
+    backends = {m.partition(".")[0] for m in modules if "." in m or m == "reference"}
     vendors = [m for m in ("torch", "triton", "torch_npu", "openvino") if m in sys.modules]
     answer = [sorted(backends), vendors, refused]
 """
