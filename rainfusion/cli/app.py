@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from rainfusion.cli.devices import devices
-from rainfusion.cli.matrix import matrix
 from rainfusion.cli.parity import parity
 from rainfusion.cli.plan import plan
 from rainfusion.cli.run import run
@@ -19,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (devices, plan, run, parity, matrix):
+for command in (devices, plan, run, parity):
     app.command()(command)
 
 

@@ -13,10 +13,10 @@ VENDORS = {"torch", "triton", "torch_npu", "openvino"}
     ("module", "absent"),
     [
         ("rainfusion", {*VENDORS, "numpy", "array_api_compat", "pluggy"}),
-        ("rainfusion.plugins.conformance.pytest_plugin", {*VENDORS, "numpy", "array_api_compat"}),
-        ("rainfusion.plugins.conformance", {*VENDORS, "numpy", "pytest"}),
-        ("rainfusion.plugins.conformance.parity", {*VENDORS, "pytest"}),
-        ("rainfusion.api", VENDORS),
+        ("rainfusion.testing", {*VENDORS, "numpy", "pytest"}),
+        ("rainfusion.testing.pytest_plugin", VENDORS),
+        ("rainfusion.testing.observe", {*VENDORS, "pytest"}),
+        ("rainfusion.functional", VENDORS),
     ],
 )
 def test_importing_a_module_does_not_load(site: Any, module: str, absent: set[str]) -> None:
