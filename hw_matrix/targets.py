@@ -1,26 +1,4 @@
-"""Targets: a backend on a chip, and what it is meant to run there. Written by people in ``targets.toml``.
-
-    [chips.h100]
-    vendor = "NVIDIA"
-    name = "H100 SXM 80 GB"
-    architecture = "Hopper (sm_90)"
-    recognise = ["NVIDIA H100*"]        # what the device, or the processor, calls itself
-    tflops = { bfloat16 = 989 }         # dense peaks; a number needs a source
-    bandwidth = 3.35                    # TB/s
-    source = "NVIDIA H100 data sheet"
-
-    [[target]]
-    backend = "triton"
-    chip = "h100"
-    device = "cuda"                     # type of the device's address
-    runtime = "CUDA 12, Triton 3.2"
-    dtypes = ["float16", "bfloat16"]    # with blocks and head_dims: what the backend claims
-    blocks = "any"
-    head_dims = "any"
-    unsupported = { float64 = "why", float32 = "why" }   # every dtype is in one of the two; a text: the whole target
-    stand_in = "triton-interpreter"     # whose record counts, for less, until there is one
-    environ = { TRITON_INTERPRET = "1" }                 # set while it is recorded
-    benchmark = ["benchmarks/torch_attention.py", "--device", "cuda"]
+"""Targets: chips, and backends on a chip with what they are meant to run there; ``targets.toml``, described in README.md.
 
 A chip with `evidence` "emulated" or "contract" is a stand-in: an interpreter, or libraries that only check calls.
 """
@@ -48,7 +26,7 @@ T = TypeVar("T")
 
 
 class MatrixError(RainfusionError, ValueError):
-    """Targets, records or known failures that are malformed or do not fit together."""
+    """Targets or records that are malformed or do not fit together."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +61,7 @@ class Chip:
 
 @dataclass(frozen=True)
 class Target:
-    """A backend on a chip; see the example above."""
+    """A backend on a chip."""
 
     backend: str
     chip: Chip

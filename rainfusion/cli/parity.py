@@ -129,7 +129,7 @@ def _print(first: Report, second: Report, found: Sequence[Agreement]) -> None:
     out = stdout()
     table = Table("case", "", "", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
-    for name in ("apart at most", "allowed", "relative", "apart (rms)", "lse at most", "same mask", "same bits"):
+    for name in ("bound", "allowed", "relative", "rms", "lse bound", "same mask", "same bits"):
         table.add_column(name, justify="right")
     for x in (x for x in found if x.ok is not None):
         figures = ("-" if y is None else f"{y:.1e}" for y in (x.bound, x.allowed, x.relative, x.rms, x.lse))

@@ -267,7 +267,7 @@ def _parts() -> Iterator[Case]:
     yield _video("two_sinks", sink=("first_frame", "last_frame_keys"), grid=(6, 8, 16))
     yield _video("last_frame", sink="last_frame", text=20)
     yield _of_parts("several_images", Grid(1, 13, 15), Grid(1, 9, 11), Grid(1, 8, 8), Text(30))
-    yield _of_parts("clips_and_audio", Text(20), Grid(3, 9, 10), Tokens(70), Grid(4, 8, 16, sink="last_frame_keys"))
+    yield _of_parts("audio_between_clips", Text(20), Grid(3, 9, 10), Tokens(70), Grid(4, 8, 16, sink="last_frame_keys"))
 
 
 def _methods() -> Iterator[Case]:
