@@ -33,7 +33,9 @@ def check(matrix: Matrix) -> int:
     written = matrix.page.read_text(encoding="utf-8") if matrix.page.exists() else ""
     if written != page(matrix):
         found.append(f"{matrix.page.name} is not what the records say; run python -m hw_matrix build, commit the file")
-    print("\n".join(found) or f"{matrix.page.name} is right: {len(matrix.records)} records, {len(matrix.targets)} targets")
+    print(
+        "\n".join(found) or f"{matrix.page.name} is right: {len(matrix.records)} records, {len(matrix.targets)} targets"
+    )
     return _OUT_OF_DATE if found else 0
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from hw_matrix.targets import ANY, CONTRACT, EMULATED, HARDWARE, Chip, MatrixError, Target, read_targets
 from rainfusion.core.errors import BackendError
-from rainfusion.core.problem import DTYPES
 from rainfusion.plugins.manager import host
 from rainfusion.testing.cases import builtin_cases
 from rainfusion.testing.report import KIT_REVISION, Report, ReportError, read_report
@@ -26,11 +25,18 @@ class Status(Enum):
     OUT_OF_DATE = ("⌛", "out of date", "the backend or the kit has changed since")
     VERIFIED = ("✅", "verified", "the conformance kit passed on this hardware")
     EMULATED = ("🟡", "emulated", "it passed on an interpreter or a stand-in, which is named")
-    CONTRACT = ("🔷", "contract checked", "a stand-in, which is named, checked every call; the vendor's kernels did not run")
+    CONTRACT = (
+        "🔷",
+        "contract checked",
+        "a stand-in, which is named, checked every call; the vendor's kernels did not run",
+    )
     NOT_RUN = ("⬜", "not run", "meant to run there, and not shown yet")
     UNSUPPORTED = ("➖", "unsupported", "refused, for the reason given below")  # noqa: RUF001
 
-    symbol = property(lambda self: self.value[0])
+    @property
+    def symbol(self) -> str:
+        """The sign it has in the table."""
+        return self.value[0]
 
 
 _PASSED = {HARDWARE: Status.VERIFIED, EMULATED: Status.EMULATED, CONTRACT: Status.CONTRACT}

@@ -80,7 +80,11 @@ def _machine(record: Report) -> tuple[str, str, str]:
     runtimes = {"reference": ["numpy"], "triton": ["triton", "torch"], "torch_npu": ["torch-npu", "torch"]}
     names = runtimes.get(target["backend"], [target["backend"]])
     versions = [f"{name} {environment[name]}" for name in names if environment.get(name)]
-    return f"{device}{stand_in}", ", ".join([*versions, f"Python {environment['python']}"]), f"`{environment['commit']}`"
+    return (
+        f"{device}{stand_in}",
+        ", ".join([*versions, f"Python {environment['python']}"]),
+        f"`{environment['commit']}`",
+    )
 
 
 def _outcomes(record: Report, matrix: Matrix) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Targets: chips, and backends on a chip with what they are meant to run there; ``targets.toml``, described in README.md.
+"""Targets: chips, and backends on a chip with what they are meant to run there (``targets.toml``, see README.md).
 
 A chip with `evidence` "emulated" or "contract" is a stand-in: an interpreter, or libraries that only check calls.
 """
@@ -148,10 +148,8 @@ def _target(entry: dict[str, Any], chips: Mapping[str, Chip]) -> Target:
 
 
 def _check_stand_in(target: Target, targets: Mapping[str, Target]) -> None:
-    if not target.stand_in:
-        return
     other = targets.get(target.stand_in)
-    if other is None or other.backend != target.backend or other.chip.evidence == HARDWARE:
+    if target.stand_in and (not other or other.backend != target.backend or other.chip.evidence == HARDWARE):
         raise MatrixError(f"target {target.name}: stand_in {target.stand_in!r} is no stand-in for {target.backend}")
 
 

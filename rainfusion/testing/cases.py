@@ -69,17 +69,10 @@ class Case:
 
     def plan(self, *, policy: Policy | None = None, returns: tuple[str, ...] | None = None) -> Plan:
         """The plan of this case, under another policy or with other returned values if these are given."""
-        policy = self.policy if policy is None else policy
-        planned, _ = plan_with_notes(
-            self.problem,
-            self.layout,
-            policy,
-            omitted=self.omitted,
-            order=self.order,
-            returns=self.returns if returns is None else returns,
-            quotas=self.quotas and not isinstance(policy, Fixed),
-            kv_lengths=bool(self.kv_lengths),
-        )
+        policy, returns = policy or self.policy, returns or self.returns
+        given = {"quotas": self.quotas and policy != Fixed(), "kv_lengths": bool(self.kv_lengths)}
+        settings: dict[str, Any] = {"omitted": self.omitted, "order": self.order, "returns": returns, **given}
+        planned, _ = plan_with_notes(self.problem, self.layout, policy, **settings)
         return planned if self.change is None else self.change(planned)
 
     @property
@@ -102,11 +95,7 @@ class Case:
         return _inputs(self)
 
     def mask(self) -> BlockMask:
-        """A random mask for this case, on NumPy.
-
-        Rows of any length, the first of a single block, the last as full as can be; or all of them like the one or
-        the other; or rows of any length, every third of them empty.
-        """
+        """A random mask, on NumPy: the first row of a single block, the last as full as can be; or as `kept` says."""
         rng = np.random.default_rng((self.seed, 1))
         sides = [self.layout.axis(length, side).blocks for side, length in enumerate(self.lengths)]
         rank = rng.random((self.problem.batch, self.problem.heads, *sides))
@@ -115,12 +104,11 @@ class Case:
             rank[..., POISONED_BLOCK], most = np.inf, most - 1
         width = rng.integers(1, most, rank.shape[:3], endpoint=True)
         width[..., -1], width[..., 0] = most, 1
-        if self.kept == "some_none":
-            width[..., ::3] = 0
-        elif self.kept != "mixed":
-            width[...] = {"one": 1, "all": most}[self.kept]
-        blocks = np.argsort(np.argsort(rank, axis=-1), axis=-1) < width[..., None]
-        return self.block_mask(blocks)
+        rows, kept = {"mixed": (slice(0), 0), "one": (slice(None), 1), "all": (slice(None), most)}.get(
+            self.kept, (slice(None, None, 3), 0)
+        )
+        width[..., rows] = kept
+        return self.block_mask(np.argsort(np.argsort(rank, axis=-1), axis=-1) < width[..., None])
 
     def block_mask(self, blocks: np.ndarray) -> BlockMask:
         """A mask of this case's sizes."""
@@ -185,29 +173,16 @@ def every_case() -> tuple[Case, ...]:
     return cases
 
 
-def claimed_case(
-    claims: Capabilities,
-    *,
-    dtype: str | None = None,
-    head_dim: int | None = None,
-    block: tuple[int, int] | None = None,
-    tensor_layout: str | None = None,
-    **settings: Any,
-) -> Case:
+def claimed_case(claims: Capabilities, *, block: tuple[int, int] | None = None, **settings: Any) -> Case:
     """A small case of four ragged blocks within what is claimed; what is left open takes a claimed value."""
     block = block or min(claims.blocks or [(128, 128)])
-    longest = max(block)
-    length = min(3 * longest + longest // 2, claims.max_length or 4 * longest)
-    problem = AttentionProblem(
-        batch=1,
-        heads=2,
-        q_len=length,
-        kv_len=length,
-        head_dim=head_dim or min(claims.head_dims or [64]),
-        dtype=dtype or next(name for name in ("bfloat16", *DTYPES) if name in claims.dtypes),
-        tensor_layout=tensor_layout or min(claims.tensor_layouts),
-    )
-    return Case("claimed", problem, TokenLayout(block=block), **settings)
+    length = min(3 * max(block) + max(block) // 2, claims.max_length or 4 * max(block))
+    claimed = {
+        "head_dim": min(claims.head_dims or [64]),
+        "dtype": next(name for name in ("bfloat16", *DTYPES) if name in claims.dtypes),
+        "tensor_layout": min(claims.tensor_layouts),
+    }
+    return _case("claimed", TokenLayout(block=block), length, length, {**claimed, **settings})
 
 
 def _in_dtype(case: Case, dtype: str) -> Case:
@@ -359,20 +334,18 @@ def _video(
 ) -> Case:
     """A case with a grid; a side whose length is given has none."""
     layout = TokenLayout(grid, text, text_position, None, block, sink)
-    assert layout.length is not None
     return _case(name, layout, q_len or layout.length, kv_len or layout.length, {"policy": TopK(0.3), **settings})
 
 
 def _of_parts(name: str, *parts: Any, **settings: Any) -> Case:
     """A case of several parts, with small blocks."""
     layout = TokenLayout(parts=parts, block=64)
-    assert layout.length is not None
     return _case(name, layout, layout.length, layout.length, {"policy": TopK(0.4), **settings})
 
 
-def _case(name: str, layout: TokenLayout, q_len: int, kv_len: int, settings: dict[str, Any]) -> Case:
+def _case(name: str, layout: TokenLayout, q_len: Any, kv_len: Any, settings: dict[str, Any]) -> Case:
     """Sort the settings into those of the problem and those of the case."""
-    of_problem = ("batch", "heads", "kv_heads", "head_dim", "scale", "tensor_layout")
-    shape = {"batch": 1, "heads": 2, "head_dim": 128, **{key: settings[key] for key in of_problem if key in settings}}
-    rest = {key: value for key, value in settings.items() if key not in of_problem}
+    of_problem = {"batch", "heads", "kv_heads", "head_dim", "scale", "tensor_layout", "dtype"}
+    shape = {"batch": 1, "heads": 2, "head_dim": 128, **{key: settings[key] for key in of_problem & settings.keys()}}
+    rest = {key: settings[key] for key in settings.keys() - of_problem}
     return Case(name, AttentionProblem(q_len=q_len, kv_len=kv_len, **shape), layout, **rest)

@@ -68,12 +68,8 @@ class Contract(Level):
         """Values travel to the device and back unchanged, in every claimed dtype."""
         _skip_unless_in(target, dtype)
         values = rounded(np.linspace(-3, 3, 2 * 3 * 5 * 7).reshape(2, 3, 5, 7), dtype)
-        array = target.backend.from_host(
-            values.astype("float64" if dtype == "float64" else "float32"), target.device, dtype
-        )
-        assert tuple(array.shape) == values.shape
-        assert dtype_name(array) == dtype
-        assert str(target.backend.device_of(array)) == str(target.device)
+        array = target.backend.from_host(values.astype(_wide(dtype)), target.device, dtype)
+        _check_kind(array, array, dtype, values.shape, target)
         assert worst_error(target.to_float64(array), values) == 0, "the values changed on the way"
 
     @pytest.mark.parametrize("constant", [np.arange(6), np.arange(6) % 2 == 0], ids=["int64", "bool"])
@@ -93,9 +89,8 @@ class Contract(Level):
             results = dict(zip(returns, target.lower(case.plan())(*tensors), strict=True))
             _check_kind(results["%out"], tensors[0], dtype, case.problem.q_shape, target)
             if "%lse" in results:
-                wide = "float64" if dtype == "float64" else "float32"
                 shape = (case.problem.batch, case.problem.heads, case.problem.q_len)
-                _check_kind(results["%lse"], tensors[0], wide, shape, target)
+                _check_kind(results["%lse"], tensors[0], _wide(dtype), shape, target)
             assert isinstance(results["%mask"], BlockMask)
             assert str(target.backend.device_of(results["%mask"].blocks)) == str(target.device)
 
@@ -103,8 +98,8 @@ class Contract(Level):
         """The same inputs give the same bits, from one executable twice and from another."""
         case = _case(target)
         tensors, executable = target.tensors(case), target.lower(case.plan())
-        calls = (executable, executable, target.lower(case.plan()))
-        first, again, other = (_out(run, tensors, target) for run in calls)
+        first, again = (_out(executable, tensors, target) for _ in range(2))
+        other = _out(target.lower(case.plan()), tensors, target)
         assert worst_error(again, first) == 0, "a second call gives other bits"
         assert worst_error(other, first) == 0, "lowering again gives other bits"
 
@@ -143,11 +138,9 @@ class Contract(Level):
         """A mask that is missing, not due, or of another problem raises a MaskError."""
         case = _case(target, policy=Fixed())
         tensors, mask = target.tensors(case), target.mask(case.mask())
-        given = target.lower(case.plan())
-        selects = target.lower(case.plan(policy=TopK(0.5)))
-        block = (case.layout.block[0] * 2, case.layout.block[1])
-        length = -(-case.problem.q_len // case.layout.block[0]) * block[0]
-        foreign = BlockMask(mask.blocks, length, case.problem.kv_len, block)
+        given, selects = (target.lower(case.plan(policy=policy)) for policy in (Fixed(), TopK(0.5)))
+        rows, columns = case.layout.block
+        foreign = BlockMask(mask.blocks, mask.blocks.shape[2] * 2 * rows, mask.kv_len, (2 * rows, columns))
         _refused(MaskError, lambda: given(*tensors), "no mask")
         _refused(MaskError, lambda: selects(*tensors, mask=mask), "a mask for a policy that selects one")
         _refused(MaskError, lambda: given(*tensors, mask=foreign), "a mask of another problem")
@@ -158,8 +151,8 @@ class Contract(Level):
         case = _case(target, dtype=dtype, returns=("%qb", "%kb", "%score"))
         results = target.lower(case.plan())(*target.tensors(case))
         for name, value in zip(case.returns, results, strict=True):
-            assert dtype_name(value) == ("float64" if dtype == "float64" else "float32"), name
             right, limit = expected_value(case, name)
+            assert (dtype_name(value), tuple(value.shape)) == (_wide(dtype), right.shape), name
             error = worst_error(target.to_float64(value), right)
             assert error <= limit, f"{name} is off by {error:.3g} (at most {limit:.3g})"
 
@@ -172,8 +165,7 @@ class Contract(Level):
 
     def test_contract_autocast_does_not_reach_the_kernels(self, target: Target) -> None:
         """Under the caller's autocast a call gives the same bits."""
-        dtype = "float32" if "float32" in target.capabilities.dtypes else None
-        case = _case(target, dtype=dtype)
+        case = _case(target, **{"dtype": "float32"} if "float32" in target.capabilities.dtypes else {})
         executable, tensors = target.lower(case.plan()), target.tensors(case)
         torch = _torch_of(tensors[0], target)
         alone = _out(executable, tensors, target)
@@ -194,8 +186,8 @@ class Contract(Level):
     def test_contract_every_claimed_shape(self, target: Target) -> None:
         """Every head dim and block shape that is claimed by name computes the right thing."""
         claims = target.capabilities
-        shapes = [{"head_dim": dim} for dim in sorted(claims.head_dims or ())]
-        shapes += [{"block": block} for block in sorted(claims.blocks or ())]  # type: ignore[dict-item]
+        shapes: list[dict[str, Any]] = [{"head_dim": dim} for dim in sorted(claims.head_dims or ())]
+        shapes += [{"block": block} for block in sorted(claims.blocks or ())]
         if not shapes:
             pytest.skip(f"{target} claims any head dim and any block; the cases cover both")
         for shape in shapes:
@@ -211,6 +203,10 @@ def _skip_unless_in(target: Target, dtype: str) -> None:
 
 def _case(target: Target, **settings: Any) -> Case:
     return claimed_case(target.capabilities, **settings)
+
+
+def _wide(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"
 
 
 def _torch_of(array: Any, target: Target) -> Any:

@@ -37,12 +37,9 @@ def environment() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """What this machine's processor calls itself; its architecture where it does not say."""
-    for command in (["lscpu"], ["sysctl", "-n", "machdep.cpu.brand_string"]):
-        for line in (_said(command, LC_ALL="C") or "").splitlines():
-            label, colon, name = line.partition(":")
-            if not colon or label == "Model name":
-                return (name if colon else label).strip()
-    return platform.processor() or platform.machine()
+    names = [line.partition(":")[2] for line in _said("lscpu").splitlines() if line.startswith("Model name:")]
+    names += [_said("sysctl", "-n", "machdep.cpu.brand_string"), platform.processor(), platform.machine()]
+    return next(name.strip() for name in names if name.strip())
 
 
 def _commit() -> str | None:
@@ -53,19 +50,21 @@ def _commit() -> str | None:
     if given := os.environ.get("RAINFUSION_COMMIT"):
         return given
     # Only if this file is tracked: an environment may lie inside a checkout of something else.
-    if _said(["git", "ls-files", "--error-unmatch", __file__]) is None:
+    if not _said("git", "ls-files", "--error-unmatch", __file__):
         return None
-    commit = _said(["git", "describe", "--always", "--exclude=*"])
-    changed = _said(["git", "status", "--porcelain", "--untracked-files=no", "--", "."])
-    return f"{commit}-dirty" if changed else commit
+    commit = _said("git", "describe", "--always", "--exclude=*")
+    changed = _said("git", "status", "--porcelain", "--untracked-files=no", "--", ".")
+    return f"{commit}-dirty" if changed else commit or None
 
 
-def _said(command: list[str], **environ: str) -> str | None:
-    """What a command prints, run in the package's folder; None where it fails or does not exist."""
-    settings: dict[str, Any] = {"cwd": _PACKAGE, "env": {**os.environ, **environ}, "timeout": 30}
+def _said(*command: str) -> str:
+    """What a command prints, run in the package's folder; empty where it fails or does not exist."""
+    environ = {**os.environ, "LC_ALL": "C"}
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, **settings).stdout.strip()
-    return None
+        return subprocess.check_output(
+            command, cwd=_PACKAGE, env=environ, stderr=subprocess.DEVNULL, text=True, timeout=30
+        ).strip()
+    return ""
 
 
 def _first_line(file: str) -> str:

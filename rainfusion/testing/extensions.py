@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from rainfusion.core.layout import BlockedAxis
-from rainfusion.core.ops import Op, Select, ValueType, operand, result
+from rainfusion.core.ops import Op, Select, operand, result
 from rainfusion.core.plan import Plan
 from rainfusion.core.policies import Budget, Policy, TopK
 
@@ -28,7 +27,7 @@ class NearBlocks(Policy):
     def prior(self, q: BlockedAxis, kv: BlockedAxis) -> np.ndarray:
         """Infinite on the diagonal, 0.25 beside it."""
         distance = np.abs(np.arange(q.blocks)[:, None] - np.arange(kv.blocks))
-        return np.where(distance == 0, np.inf, np.where(distance == 1, 0.25, 0.0)).astype(np.float32)
+        return np.select([distance == 0, distance == 1], [np.inf, 0.25]).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +42,14 @@ class ScaleScore(Op):
     def meaning(self, score: Any) -> Any:
         """The definition."""
         xp = array_namespace(score)
-        odd = xp.arange(score.shape[-1], device=score.device) % 2 == 1
-        return xp.where(odd, score * self.factor, score)
-
-    def infer(self, types: Mapping[str, ValueType]) -> dict[str, ValueType]:
-        """The type of the scores."""
-        return {"scaled": types["score"]}
+        return xp.where(xp.arange(score.shape[-1], device=score.device) % 2 == 1, score * self.factor, score)
 
 
 def scale_scores(plan: Plan) -> Plan:
     """A pass: blocks are selected by scaled scores; a plan that selects none stays as it is."""
-    ops: list[Op] = []
-    for op in plan.ops:
-        if isinstance(op, Select):
-            ops.append(ScaleScore(score=op.score, scaled="%scaled_score", factor=-0.5))
-            op = replace(op, score="%scaled_score")
-        ops.append(op)
-    return replace(plan, ops=tuple(ops))
+    chosen = plan.find(Select)
+    if chosen is None:
+        return plan
+    at = plan.ops.index(chosen)
+    scale = ScaleScore(score=chosen.score, scaled="%scaled_score", factor=-0.5)
+    return replace(plan, ops=(*plan.ops[:at], scale, replace(chosen, score=scale.scaled), *plan.ops[at + 1 :]))

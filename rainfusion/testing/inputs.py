@@ -140,11 +140,9 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return np.asarray(x / np.maximum(length, 1.0))
 
 
-RECIPES: dict[str, Callable[[Case, np.random.Generator], Inputs]] = {
-    recipe.__name__: recipe
-    for recipe in (normal, large_logits, peaked, close_scores, ties)
-    + (poisoned_block, nan_query, minus_infinity, infinite_values, clip)
-}
+_ORDINARY = (normal, large_logits, peaked, close_scores, ties, clip)
+_NOT_FINITE = (poisoned_block, nan_query, minus_infinity, infinite_values)
+RECIPES: dict[str, Callable[[Case, np.random.Generator], Inputs]] = {f.__name__: f for f in (*_ORDINARY, *_NOT_FINITE)}
 
 
 def bell(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ class Level:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run a test once for each case, for each case that selects its mask, each dtype or tensor layout."""
-        values: dict[str, Callable[[], Iterable[Any]]] = {
+        values: dict[str, Any] = {
             "case": every_case,
             "selecting_case": lambda: [case for case in every_case() if case.selects],
             "dtype": lambda: DTYPES,
@@ -48,13 +47,11 @@ class Level:
     @pytest.fixture
     def target(self, request: pytest.FixtureRequest, note: Note) -> Target:
         """The backend under test on its device; without one the test is an error, never a skip."""
-        backend = self.backend or request.config.getoption("--rainfusion-backend")
-        if not backend:
-            pytest.fail(
-                "no backend to test: give --rainfusion-backend, or set `backend` in the subclass", pytrace=False
-            )
+        option = request.config.getoption
         try:
-            target = find_target(backend, self.device or request.config.getoption("--rainfusion-device"))
+            target = find_target(
+                self.backend or option("--rainfusion-backend"), self.device or option("--rainfusion-device")
+            )
         except BackendError as error:
             pytest.fail(str(error), pytrace=False)
         note["target"] = target.described()

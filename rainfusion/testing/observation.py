@@ -1,12 +1,7 @@
 """Observation: what one backend did on one case; the verdict on one, and the agreement of two.
 
-The backend is measured against the float64 oracle that the same machine computes, and what another machine needs to
-see that both answered one question with one answer is kept, about a kilobyte of JSON:
-
-- digests of the inputs, and the mask that was given or is right: the question.
-- the error against the oracle and what is allowed: two backends are at most the sum of their errors apart.
-- sketches of the oracle's output and of the backend's: that both oracles are one, and how far the two really are apart.
-- the bits of the mask it selects, and the pairs that near ties leave open.
+The backend is measured against the float64 oracle that the same machine computes. What another machine needs to see
+that both answered one question with one answer is kept, about a kilobyte of JSON (docs/parity.md).
 """
 
 from __future__ import annotations
@@ -40,11 +35,9 @@ class Observation:
     Attributes:
         level: ``"attend"`` (under a given mask), ``"select"`` (the mask alone) or ``"attention"`` (the whole call).
         case, dtype, seed, inputs: the question; `inputs` is a digest of q, k and v.
-        error, allowed: worst absolute error of the output against the oracle, and the largest allowed; `error` is None
-            where there is no output.
-        largest: largest value of the oracle's output.
-        lse_error, lse_allowed: the same of the log-sum-exp.
-        elements, bits, pattern: size of the output; digests of its bits, and of where NaN and infinity stand.
+        error, allowed, largest: worst absolute error of the output, None where there is none, the largest allowed one,
+            and the largest value of the oracle's output; lse_error, lse_allowed: of the log-sum-exp.
+        elements, bits, pattern: size of the output; digests of its bits, and of where NaN and infinity are.
         out, oracle: sketches of the backend's and of the oracle's output (`rainfusion.testing.numbers`).
         mask: the given mask, or the one that is right to select; None for dense attention.
         selected, undecided: the mask that the backend selected, and the pairs on which it may differ from `mask`.
@@ -75,24 +68,13 @@ class Observation:
 
     def to_json(self) -> dict[str, Any]:
         """The fields that hold something; masks and sketches as base64, infinities as text."""
-        held = {f.name: (f.default, getattr(self, f.name)) for f in fields(self)}
-        return {
-            name: _WRITERS.get(name, plain)(value)
-            for name, (default, value) in held.items()
-            if value is not None and (default is None or value != default)
-        }
+        held = [(f.name, x, f.default) for f in fields(self) if (x := getattr(self, f.name)) is not None]
+        return {name: _WRITERS.get(name, plain)(x) for name, x, default in held if default is None or x != default}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Observation:
-        """Read what `to_json` gave; nothing in it is trusted.
-
-        Raises:
-            ValueError, TypeError, KeyError: it is none; a KeyError names a field that is unknown.
-        """
+        """Read what `to_json` gave; nothing in it is trusted, and what is malformed raises what Python does."""
         return cls(**{key: _READERS[key](value) for key, value in record.items()})
-
-
-# -- judging ---------------------------------------------------------------------------------------
 
 
 def verdict(seen: Observation) -> list[str]:
@@ -102,10 +84,9 @@ def verdict(seen: Observation) -> list[str]:
         found.append(f"the output is off by {seen.error:.3g} (at most {seen.allowed:.3g})")
     if seen.lse_error is not None and not seen.lse_error <= seen.lse_allowed:
         found.append(f"the log-sum-exp is off by {seen.lse_error:.3g} (at most {seen.lse_allowed:.3g})")
-    if seen.error is not None and _apart(seen.out, seen.oracle, seen) > SKETCH_FACTOR * seen.error + _rounding(seen):
+    if _apart(seen.out, seen.oracle, seen) > _room(seen.error or 0.0, seen):
         found.append("the output is farther from the oracle than its error says")
-    wrong = _otherwise(seen.selected, seen.mask, seen.undecided)
-    if wrong:
+    if wrong := _otherwise(seen.selected, seen.mask, seen.undecided):
         found.append(f"{wrong} block pairs are chosen wrongly, and not by near ties")
     return found
 
@@ -115,15 +96,12 @@ class Agreement:
     """How far two backends are apart on one case.
 
     Attributes:
-        ok: whether they agree; None where they were not compared.
-        why: what speaks against it.
-        bound: the outputs differ by no more, at any element: the sum of both errors against the oracle, and how far
-            the two machines' oracles are apart. None where each was computed under a mask of its own.
-        relative: the same as a share of the largest value.
-        allowed: largest allowed `bound`.
-        rms: estimated root mean square difference of the outputs, where there are sketches of both.
-        lse: bound of the log-sum-exp's difference; None where one of them has none.
-        same_mask: share of block pairs on which the selected masks agree; None where none is selected.
+        ok: whether they agree, None where they were not compared; why: what speaks against it.
+        bound: the outputs differ by no more, at any element: the sum of both errors against the oracle, and how far the
+            two oracles are apart; None where each was computed under a mask of its own. allowed: the largest allowed.
+        relative: `bound` as a share of the largest value; rms: estimated root mean square difference.
+        lse: bound of the log-sum-exp's difference.
+        same_mask: share of block pairs on which the selected masks agree.
         same_bits: whether the outputs are equal bit by bit.
     """
 
@@ -142,8 +120,7 @@ class Agreement:
 
 def agree(a: Observation, b: Observation) -> Agreement:
     """Compare two observations of one case, made here or read from files."""
-    reason = _not_comparable(a, b)
-    if reason:
+    if reason := _not_comparable(a, b):
         return Agreement(a.level, a.case, None, reason)
     problems = [f"the {name}: {said}" for name, x in (("first", a), ("second", b)) for said in verdict(x)]
     problems += _problems_between(a, b)
@@ -168,9 +145,8 @@ def _not_comparable(a: Observation, b: Observation) -> str:
         return "; ".join(dict.fromkeys(filter(None, (a.refused, b.refused))))
     if not all(x.pattern or x.selected is not None for x in (a, b)):
         return "a report of an older format holds errors only; record it again"
-    if not _same(a.mask, b.mask):
-        return "the two oracles choose other blocks, so the outputs stand under different masks"
-    return ""
+    same = _same(a.mask, b.mask)
+    return "" if same else "the two oracles choose other blocks, so the outputs are under different masks"
 
 
 def _problems_between(a: Observation, b: Observation) -> Iterator[str]:
@@ -182,8 +158,8 @@ def _problems_between(a: Observation, b: Observation) -> Iterator[str]:
     if apart > ORACLE_RTOL * _rms(a):
         yield f"the two oracles are {apart:.3g} apart"
     if a.pattern != b.pattern:
-        yield "NaN or infinity stand elsewhere"
-    if _apart(a.out, b.out, a) > SKETCH_FACTOR * ((a.error or 0.0) + (b.error or 0.0)) + _rounding(a):
+        yield "NaN or infinity are elsewhere"
+    if _apart(a.out, b.out, a) > _room((a.error or 0.0) + (b.error or 0.0), a):
         yield "the outputs are farther apart than both errors allow"
     if max(a.allowed, b.allowed) > TOLERANCE_FACTOR * min(a.allowed, b.allowed):
         yield f"one allows an error of {a.allowed:.3g}, the other of {b.allowed:.3g}: that is not one rule"
@@ -213,8 +189,8 @@ def _rms(x: Observation) -> float:
     return _apart(x.oracle, [0.0] * SIZE, x)
 
 
-def _rounding(x: Observation) -> float:
-    return SKETCH_RTOL * _rms(x)
+def _room(error: float, x: Observation) -> float:
+    return SKETCH_FACTOR * error + SKETCH_RTOL * _rms(x)
 
 
 def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
@@ -236,28 +212,22 @@ def plain(value: Any) -> Any:
 
 def _number(value: Any) -> float:
     """A number that is not NaN, so that it compares."""
-    number = float(value)
-    return math.inf if math.isnan(number) else number
+    return math.inf if math.isnan(number := float(value)) else number
 
 
-def _packed_sums(sums: list[float]) -> str:
-    return base64.b64encode(np.asarray(sums, "<f8").tobytes()).decode()
+def _packed(x: np.ndarray) -> str:
+    return base64.b64encode(x.tobytes()).decode()
 
 
 def _sums(value: Any) -> list[float]:
     sums = np.frombuffer(base64.b64decode(value, validate=True), "<f8")
     if len(sums) != SIZE or not np.isfinite(sums).all():
         raise ValueError(f"a sketch is {SIZE} numbers")
-    return sums.tolist()  # type: ignore[no-any-return]
-
-
-def _packed_mask(blocks: np.ndarray) -> list[Any]:
-    return [*blocks.shape, base64.b64encode(np.packbits(blocks).tobytes()).decode()]
+    return [float(x) for x in sums]
 
 
 def _mask(value: Any) -> np.ndarray:
-    *sizes, bits = value
-    shape = tuple(int(n) for n in sizes)
+    shape, bits = tuple(int(n) for n in value[:-1]), value[-1]
     if len(shape) != 4 or min(shape) < 1 or math.prod(shape) > _MOST_PAIRS:
         raise ValueError(f"{shape} block pairs")
     packed = np.frombuffer(base64.b64decode(bits, validate=True), dtype=np.uint8)
@@ -267,7 +237,10 @@ def _mask(value: Any) -> np.ndarray:
 
 
 _MASKS, _SKETCHES = ("mask", "selected", "undecided"), ("out", "oracle")
-_WRITERS: dict[str, Callable[[Any], Any]] = dict.fromkeys(_MASKS, _packed_mask) | dict.fromkeys(_SKETCHES, _packed_sums)
+_WRITERS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(_MASKS, lambda blocks: [*blocks.shape, _packed(np.packbits(blocks))]),
+    **dict.fromkeys(_SKETCHES, lambda sums: _packed(np.asarray(sums, "<f8"))),
+}
 _READERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("level", "case", "dtype", "inputs", "bits", "pattern", "refused"), text),
     **dict.fromkeys(("seed", "elements"), int),

@@ -56,20 +56,19 @@ def _attention(target: Target, case: Case, asked: Observation) -> Observation:
 
 def _call(target: Target, case: Case, plan: Plan) -> Any:
     tensors, problem, layout = target.tensors(case), case.problem, case.layout
-    given = {"mask": target.mask(case.mask()) if plan.takes("%mask") else None, **case.operands(plan)}
+    settings: dict[str, Any] = dict(case.operands(plan))
+    settings["mask"] = target.mask(case.mask()) if plan.takes("%mask") else None
     if case.change is not None:  # no argument of the call changes the plan
-        return rainfusion.lower(plan, device=str(target.device), backend=target.backend.name)(*tensors, **given)
+        return rainfusion.lower(plan, device=str(target.device), backend=target.backend.name)(*tensors, **settings)
     words = [isinstance(part, Text) for part in layout.parts]
     if layout.grid is not None and len(words) - sum(words) == 1 and sum(words) < 2:
-        position = "start" if words[0] else "end"
-        said = {"grid": layout.grid, "text": layout.text, "text_position": position, "sink": layout.grids[0].sink}
-        said["window"] = layout.window
+        settings |= {"grid": layout.grid, "text": layout.text, "text_position": "start" if words[0] else "end"}
+        settings |= {"window": layout.window, "sink": layout.grids[0].sink}
     else:
-        said = {"parts": layout.parts or None}
+        settings["parts"] = layout.parts or None
     return rainfusion.attention(
         *tensors,
-        **said,  # type: ignore[arg-type]
-        **given,
+        **settings,
         policy=None if plan.takes("%mask") else case.policy,
         block=layout.block,
         omitted=case.omitted,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,7 @@ from rainfusion.testing.target import Target, find_target
 EXACT_RECIPES = ("ties",)
 
 
-@dataclass(frozen=True, eq=False)
-class Expected:
+class Expected(NamedTuple):
     """The right output and log-sum-exp, float64, and how far from them a backend may be."""
 
     out: np.ndarray
@@ -30,8 +30,7 @@ class Expected:
     lse_limit: float
 
 
-@dataclass(frozen=True, eq=False)
-class ExpectedMask:
+class ExpectedMask(NamedTuple):
     """The right mask, bool ``[B, H, q blocks, key blocks]``, and the pairs on which a backend may differ."""
 
     blocks: np.ndarray
@@ -42,18 +41,12 @@ def expected(case: Case, mask: BlockMask | None) -> Expected:
     """What the case's output must be under `mask` (on NumPy); None for a dense plan."""
     dtype = case.problem.dtype
     right, coarse = (_in_dtype(case, wide, ("%out", "%lse"), mask) for wide in ("float64", "float32"))
-    lse_error = worst_error(coarse["%lse"], right["%lse"])
-    if dtype == "float64":
-        out_error = worst_error(coarse["%out"], right["%out"]) * tolerance.FLOAT64_FROM_FLOAT32
-        lse_error *= tolerance.FLOAT64_FROM_FLOAT32
-    else:
-        out_error = worst_error(rounded(coarse["%out"], dtype), right["%out"])
-    return Expected(
-        right["%out"],
-        right["%lse"],
-        tolerance.output_limit(dtype, out_error, largest(right["%out"])),
-        tolerance.lse_limit(dtype, lse_error, largest(right["%lse"])),
-    )
+    share = tolerance.FLOAT64_FROM_FLOAT32 if dtype == "float64" else 1.0
+    out_error = worst_error(rounded(coarse["%out"], dtype), right["%out"]) * share
+    lse_error = worst_error(coarse["%lse"], right["%lse"]) * share
+    out_limit = tolerance.output_limit(dtype, out_error, largest(right["%out"]))
+    lse_limit = tolerance.lse_limit(dtype, lse_error, largest(right["%lse"]))
+    return Expected(right["%out"], right["%lse"], out_limit, lse_limit)
 
 
 def expected_value(case: Case, name: str) -> tuple[np.ndarray, float]:
@@ -104,7 +97,9 @@ def _in_dtype(
 ) -> Mapping[str, np.ndarray]:
     """Values of the case by their definitions in `dtype`, from inputs that stay rounded to the case's own dtype."""
     problem = replace(case.problem, dtype=dtype, tensor_layout="bhsd")
-    plan = replace(case, problem=problem).plan(policy=case.policy if mask is None else Fixed(), returns=("%out", "%lse"))
+    plan = replace(case, problem=problem).plan(
+        policy=case.policy if mask is None else Fixed(), returns=("%out", "%lse")
+    )
     plan = prune(replace(plan, returns=returns))
     inputs = dict(zip(("q", "k", "v"), (x.astype(dtype) for x in case.inputs()), strict=True))
     given = {name: x for name, x in inputs.items() if plan.takes(f"%{name}")}

@@ -40,11 +40,8 @@ def note(item: pytest.Item) -> dict[str, Any]:
 
     It travels to the process that reports in pytest's own user properties.
     """
-    properties = dict(item.user_properties)
-    if PROPERTY not in properties:
-        item.user_properties.append((PROPERTY, {"test": item.name}))
-        return note(item)
-    return properties[PROPERTY]  # type: ignore[return-value]
+    item.user_properties.append((PROPERTY, {"test": item.name}))  # type: ignore[arg-type]
+    return item.user_properties[-1][1]  # type: ignore[return-value]
 
 
 class Recorder:
@@ -99,7 +96,9 @@ class Recorder:
 
     def _report(self) -> Report:
         nowhere = dict.fromkeys(("backend", "device", "device_name", "stand_in"), "")
-        return Report([*self._targets.values(), nowhere][0], environment(), [*map(Result.from_json, self.tests.values())])
+        return Report(
+            [*self._targets.values(), nowhere][0], environment(), [*map(Result.from_json, self.tests.values())]
+        )
 
 
 def _outcome(report: pytest.TestReport) -> str:

@@ -1,11 +1,7 @@
 """The report of a run: where it ran, what is claimed, and every test with what it observed. JSON, a test a line.
 
-{"rainfusion_report": 3, "kit": 1, "environment": {...},
- "target": {"backend", "revision", "device", "device_name", "stand_in", "capabilities"},
- "tests": [{"test", "outcome", "seconds", "reason", "observation": {...}}]}
-
-The conformance kit writes it (``pytest --rainfusion-report``), so does ``rainfusion parity --report``, and the records of
-the hardware matrix are such files. Any two of them can be compared.
+The conformance kit writes it (``pytest --rainfusion-report``), so does ``rainfusion parity --report``, and the records
+of the hardware matrix are such files. Any two of them can be compared. docs/conformance.md shows one.
 """
 
 from __future__ import annotations
@@ -44,9 +40,9 @@ class Result:
     @classmethod
     def of(cls, seen: Observation) -> Result:
         """The result of an observation outside pytest."""
-        problems = verdict(seen)
-        outcome = "skipped" if seen.refused else "failed" if problems else "passed"
-        return cls(f"test_{seen.level}[{seen.case}]", outcome, 0.0, seen.refused or "; ".join(problems), seen)
+        reason = seen.refused or "; ".join(verdict(seen))
+        outcome = "skipped" if seen.refused else "failed" if reason else "passed"
+        return cls(f"test_{seen.level}[{seen.case}]", outcome, 0.0, reason, seen)
 
     @property
     def dtype(self) -> str:
@@ -72,8 +68,7 @@ class Report:
     """What one backend did on one device.
 
     Attributes:
-        target: the backend and its device, as `Target.described` gives them.
-        environment: where and when, as `environment` gives it.
+        target, environment: as `Target.described` and `environment` give them.
         kit: `KIT_REVISION` at that time.
         benchmark: what a benchmark of the same target measured.
     """
@@ -105,7 +100,9 @@ class Report:
         """The file."""
         head = {"rainfusion_report": REPORT_VERSION, **vars(self)}
         tests = [json.dumps(result.to_json(), allow_nan=False) for result in head.pop("results")]
-        return json.dumps(head, indent=1, allow_nan=False)[:-2] + ',\n "tests": [\n  ' + ",\n  ".join(tests) + "\n ]\n}\n"
+        return (
+            json.dumps(head, indent=1, allow_nan=False)[:-2] + ',\n "tests": [\n  ' + ",\n  ".join(tests) + "\n ]\n}\n"
+        )
 
 
 def read_report(path: Path) -> Report:

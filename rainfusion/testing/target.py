@@ -97,14 +97,15 @@ class Target:
 
         Masks are bool, everything else float64; tensors in ``[batch, heads, tokens, channels]``.
         """
-        named = dict(zip(plan.returns, result if len(plan.returns) > 1 else (result,), strict=True))
-        found = {name: self._on_host(value) for name, value in named.items()}
-        if plan.problem.tensor_layout != "bhsd" and "%out" in found:
-            found["%out"] = found["%out"].swapaxes(1, 2)
-        return found
-
-    def _on_host(self, value: Any) -> np.ndarray:
-        return self.backend.to_host(value.blocks) if isinstance(value, BlockMask) else self.to_float64(value)
+        values = result if len(plan.returns) > 1 else (result,)
+        masks = [isinstance(value, BlockMask) for value in values]
+        found = [
+            self.backend.to_host(x.blocks) if m else self.to_float64(x) for x, m in zip(values, masks, strict=True)
+        ]
+        named = dict(zip(plan.returns, found, strict=True))
+        if plan.problem.tensor_layout != "bhsd" and "%out" in named:
+            named["%out"] = named["%out"].swapaxes(1, 2)
+        return named
 
     def to_float64(self, array: Array) -> np.ndarray:
         """The values of one of the backend's arrays."""
@@ -114,22 +115,23 @@ class Target:
         return f"{self.backend.name} on {self.device}"
 
 
-def find_target(backend: str, device: str | None = None) -> Target:
+def find_target(backend: str | None, device: str | None = None) -> Target:
     """The announced backend of that name on a device (default: its best).
 
     Raises:
-        BackendError: the name is unknown, the backend does not load, or there is no such device.
+        BackendError: no name, an unknown one, a backend that does not load, or no such device.
     """
+    if not backend:
+        raise BackendUnavailableError("no backend to test: give --rainfusion-backend, or set `backend` in the subclass")
     loaded = host().backend(backend)
     try:
         present = list(loaded.devices())
     except Exception as error:  # a driver stack may raise anything
         raise BackendUnavailableError(f"{backend} cannot list its devices: {type(error).__name__}: {error}") from error
-    found = [d for d in present if device in (None, str(d), d.type)]
-    if not found:
-        there = ", ".join(map(str, present)) or "none"
-        raise BackendUnavailableError(
-            f"nothing to test: backend {backend!r} finds no device{'' if device is None else ' ' + device} here "
-            f"(devices: {there})"
-        )
-    return Target(loaded, found[0])
+    for found in present:
+        if device in (None, str(found), found.type):
+            return Target(loaded, found)
+    which, there = "" if device is None else f" {device}", ", ".join(map(str, present)) or "none"
+    raise BackendUnavailableError(
+        f"nothing to test: backend {backend!r} finds no device{which} here (devices: {there})"
+    )

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from rainfusion.core.ops import Attend, AttendMeans, Op, Select
 
 import rainfusion
 from rainfusion import BackendSpec, Kernel
 from rainfusion.backends.reference import ReferenceBackend
 from rainfusion.core import ops
-from rainfusion.core.ops import Attend, AttendMeans, Op, Select
 from rainfusion.plugins.manager import host
 from rainfusion.testing.cases import Case, every_case
 from rainfusion.testing.huge import check_heads, huge_heads, require_memory
@@ -50,7 +50,7 @@ class Wrong(ReferenceBackend):
     """The reference with the definition of some operations replaced, by operation."""
 
     name = "wrong"
-    changes: dict[type[Op], Change] = {}
+    changes: ClassVar[dict[type[Op], Change]] = {}
 
     def kernels(self, plan: rainfusion.Plan, device: rainfusion.Device) -> Sequence[Kernel]:
         return [Kernel(frozenset({kind}), build(change)) for kind, change in type(self).changes.items()]
@@ -65,7 +65,9 @@ def build(change: Change) -> Any:
         attributes = {name: getattr(op, name) for name in roles.attributes}
 
         def run(values: Any) -> dict[str, Any]:
-            operands = {name: None if op.operands.get(name) is None else values[op.operands[name]] for name in roles.operands}
+            operands = {
+                name: None if op.operands.get(name) is None else values[op.operands[name]] for name in roles.operands
+            }
             made = change({**operands, **attributes})
             made = made if isinstance(made, tuple) else (made,)
             named = zip((getattr(op, name) for name in roles.results), made, strict=True)
@@ -313,7 +315,9 @@ def kit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kit]:
     rainfusion.unregister("wrong")
 
 
-TESTS = sorted({*(test for wrongs in WRONG.values() for test in wrongs.values()), *(test for _, test in CLASS.values())})
+TESTS = sorted(
+    {*(test for wrongs in WRONG.values() for test in wrongs.values()), *(test for _, test in CLASS.values())}
+)
 
 
 @pytest.mark.parametrize("test", TESTS)

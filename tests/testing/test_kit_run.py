@@ -57,10 +57,14 @@ def suite(backends: Any) -> Any:
     def run_suite(backend: str, body: str, *options: str) -> tuple[int, str, dict[str, Any]]:
         (backends.folder / "conftest.py").write_text('pytest_plugins = ["rainfusion.testing.pytest_plugin"]\n')
         source = f"import pytest\nfrom rainfusion.testing import ConformanceSuite\n\n{dedent(body)}"
-        (backends.folder / "test_own.py").write_text(source.replace("SUITE", f'ConformanceSuite):\n    backend = "{backend}"'))
+        (backends.folder / "test_own.py").write_text(
+            source.replace("SUITE", f'ConformanceSuite):\n    backend = "{backend}"')
+        )
         report = backends.folder / "out.json"
         done = backends.start(
-            *("-m", "pytest", "-q", "-p", "no:cacheprovider", *FEW, "test_own.py"), f"--rainfusion-report={report}", *options
+            *("-m", "pytest", "-q", "-p", "no:cacheprovider", *FEW, "test_own.py"),
+            f"--rainfusion-report={report}",
+            *options,
         )
         return done.returncode, done.stdout + done.stderr, json.loads(report.read_text(encoding="utf-8"))
 
