@@ -16,7 +16,7 @@ test: .venv-test/ready .venv-npu/ready
 	.venv-test/bin/mypy
 	.venv-test/bin/lint-imports
 	.venv-test/bin/python -m pytest
-	.venv-test/bin/rainfusion matrix --check
+	.venv-test/bin/python -m hw_matrix check
 
 docs: .venv-docs/ready
 	.venv-docs/bin/sphinx-build --fail-on-warning --fresh-env docs docs/_build/html

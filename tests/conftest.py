@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["rainfusion.testing.pytest_plugin", "tests.installed"]
+
 # Derandomised: a run tells about the code, not about the day. No deadline: machines differ.
 settings.register_profile(
     "rainfusion",

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rainfusion.cli.arguments import JSON
 
 if TYPE_CHECKING:
-    from rainfusion.plugins.conformance.agreement import Agreement
-    from rainfusion.plugins.conformance.cases import Case
-    from rainfusion.plugins.conformance.parity import CaseComparison
+    from rainfusion.testing.cases import Case
+    from rainfusion.testing.observation import Agreement
+    from rainfusion.testing.report import Report
+    from rainfusion.testing.target import Target
 
 DISAGREED = 1
 
@@ -31,77 +31,78 @@ def parity(
     ] = "*",
     seed: Annotated[int | None, typer.Option(help="Of the inputs.  \\[default: that of each case]")] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the JSON record to a file, for --compare.")
+        Path | None, typer.Option(metavar="FILE", help="Also write what --backend did to a file, for --compare.")
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two reports instead of running anything.")
     ] = None,
     as_json: JSON = False,
 ) -> None:
-    """Run the same problems on two backends: worst errors of each case, exit status 1 where they disagree.
+    """Run the same problems on two backends: how far they are apart in each, exit status 1 where they disagree.
 
-    Outputs are compared under one mask; the masks that each selects may differ only at near ties.
+    Each case runs twice: attention under a given mask, and the whole call with a mask of its own. Outputs are
+    compared under one mask; the masks that each selects may differ only at near ties.
 
     What is allowed is what either may be away from a float64 computation, added up.
 
     A case that one of them does not claim is refused; if nothing was compared the exit status is 1 too.
 
-    Two machines: each writes a --report, and either compares them. Reports of other inputs are refused.
+    Two machines: each writes a --report, and either compares them; reports of the conformance kit will do as well.
 
     Example: [cyan]rainfusion parity --backend torch --cases 'video*'[/]
 
     Example: [cyan]rainfusion parity --compare mine.json yours.json[/]
     """
+    from rainfusion.cli.console import print_json, stderr
+    from rainfusion.testing.observation import plain
+    from rainfusion.testing.report import compare as compare_reports
+    from rainfusion.testing.report import read_report
+    from rainfusion.testing.target import find_target
+
     if compare is not None:
         given = {"--backend": backend, "--device": device, "--seed": seed, "--report": report}
         for option in (name for name, value in given.items() if value is not None):
             raise typer.BadParameter(f"{option} is about running cases; --compare runs none", param_hint=option)
-        agreed = _compare_files(*compare, cases, as_json)
+        pair = [read_report(path).only(lambda name: fnmatchcase(name, cases)) for path in compare]
     elif backend is None:
         raise typer.BadParameter("name a backend, or give two reports to --compare", param_hint="--backend")
     else:
-        agreed = _run(backend, device, against, against_device, _chosen(cases, seed), report, as_json)
+        targets = find_target(backend, device), find_target(against, against_device)
+        pair = _run(targets, _chosen(cases, seed))
+        if report is not None:
+            _write(report, pair[0])
+    first, second = pair
+    if first.who == second.who:
+        stderr().print(f"both sides are {first.who}: no two are compared", style="yellow", markup=False)
+    found = compare_reports(first, second)
+    agreed = any(x.ok for x in found) and all(x.ok is not False for x in found)
+    if as_json:
+        cases_found = [{key: plain(value) for key, value in asdict(x).items()} for x in found]
+        print_json({"first": first.who, "second": second.who, "agree": agreed, "cases": cases_found})
+    else:
+        _print(first, second, found)
     if not agreed:
         raise typer.Exit(DISAGREED)
 
 
-# -- two backends here -----------------------------------------------------------------------------
+def _run(targets: tuple[Target, Target], chosen: Sequence[Case]) -> list[Report]:
+    """What two backends do on the cases: two reports."""
+    from rainfusion.cli.console import stderr
+    from rainfusion.testing.environment import environment
+    from rainfusion.testing.observe import observe
+    from rainfusion.testing.report import Report, Result
 
-
-def _run(
-    backend: str,
-    device: str | None,
-    against: str,
-    against_device: str | None,
-    chosen: Sequence[Case],
-    report: Path | None,
-    as_json: bool,
-) -> bool:
-    from rainfusion.cli.console import print_json, stderr
-    from rainfusion.plugins.conformance.exchange import report_of
-    from rainfusion.plugins.conformance.parity import compare_case
-    from rainfusion.plugins.conformance.target import find_target
-
-    pair = find_target(backend, device), find_target(against, against_device)
-    if str(pair[0]) == str(pair[1]):
-        stderr().print(f"[yellow]both sides are {pair[0]}: this shows that it repeats itself, not that two agree[/]")
-    compared = []
+    results: tuple[list[Result], ...] = ([], [])
     with stderr().status("Starting") as status:
         for i, case in enumerate(chosen):
             status.update(f"{i + 1} of {len(chosen)}: {case.name}")
-            compared.append(compare_case(*pair, case))
-    record = report_of(pair, chosen, compared)
-    if report is not None:
-        _write(report, record)
-    if as_json:
-        print_json(record)
-    else:
-        _print_run(f"{pair[0]} against {pair[1]}", compared)
-    return bool(record["agree"])
+            for target, into in zip(targets, results, strict=True):
+                into += [Result.of(observe(target, case, level)) for level in ("attend", "attention")]
+    return [Report(target.described(), environment(), into) for target, into in zip(targets, results, strict=True)]
 
 
 def _chosen(pattern: str, seed: int | None) -> list[Case]:
-    from rainfusion.plugins.conformance.cases import every_case
+    from rainfusion.testing.cases import every_case
 
     every = every_case()
     chosen = [case for case in every if fnmatchcase(case.name, pattern)]
@@ -111,108 +112,46 @@ def _chosen(pattern: str, seed: int | None) -> list[Case]:
     return chosen if seed is None else [replace(case, seed=seed) for case in chosen]
 
 
-def _print_run(who: str, compared: Sequence[CaseComparison]) -> None:
-    rows = [
-        (c.case, c.ok, f"{c.absolute:.1e}", f"{c.tolerance:.1e}", f"{c.relative:.1e}", _lse(c.lse), _share(c))
-        for c in compared
-        if c.ok is not None
-    ]
-    _print_table(("error", "allowed", "relative", "lse", "same mask"), rows)
-    _print_end(who, compared, {c.case: c.refused for c in compared if c.ok is None})
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
+def _write(path: Path, report: Report) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        path.write_text(report.to_json(), encoding="utf-8")
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be written: {error.strerror}", param_hint="--report") from error
 
 
-# -- two reports -----------------------------------------------------------------------------------
-
-
-def _compare_files(a: Path, b: Path, pattern: str, as_json: bool) -> bool:
-    from rainfusion.cli.console import print_json, stderr
-    from rainfusion.plugins.conformance.agreement import compare_reports
-    from rainfusion.plugins.conformance.exchange import read_report
-
-    first, second = (read_report(path).only(lambda name: fnmatchcase(name, pattern)) for path in (a, b))
-    if first.who == second.who:
-        stderr().print(f"both reports are of {first.who}: no two machines are compared", style="yellow", markup=False)
-    found = compare_reports(first, second)
-    agreed = any(x.ok for x in found) and all(x.ok is not False for x in found)
-    if as_json:
-        print_json({"first": first.who, "second": second.who, "agree": agreed, "cases": [asdict(x) for x in found]})
-    else:
-        _print_compared(first.who, second.who, found, len({*first.cases} ^ {*second.cases}))
-    return agreed
-
-
-def _print_compared(first: str, second: str, found: Sequence[Agreement], alone: int) -> None:
-    from rainfusion.cli.console import stdout
-
-    columns = ("apart at most", "allowed", "relative", "apart (rms)", "lse at most", "same mask", "same bits")
-    rows = [
-        (x.case, x.ok, *(f"{y:.1e}" for y in (x.bound, x.allowed, x.relative, x.rms)), _lse(x.lse), _share(x), _yes(x))
-        for x in found
-        if x.ok is not None
-    ]
-    _print_table(columns, rows)
-    out = stdout()
-    for x in found:
-        if x.ok is False:
-            out.print(f"{x.case}: {x.why}", style="red", markup=False, highlight=False)
-    if alone:
-        out.print(f"{alone} cases are in one report only", style="yellow", highlight=False)
-    _print_end(f"{first} and {second}", found, {x.case: x.why for x in found if x.ok is None})
-
-
-# -- both ------------------------------------------------------------------------------------------
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
-    """Print the cases that were compared: name, verdict, figures."""
-    from rich.markup import escape
+def _print(first: Report, second: Report, found: Sequence[Agreement]) -> None:
+    """Print a row for each comparison, what speaks against it, what was refused by reason, and the count of all."""
     from rich.table import Table
 
     from rainfusion.cli.console import stdout
 
-    table = Table("case", "", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
-    for name in columns:
-        table.add_column(name, justify="right")
-    for case, ok, *figures in rows:
-        table.add_row(escape(case), "[green]agree[/]" if ok else "[bold red]DISAGREE[/]", *figures)
-    if rows:
-        stdout().print(table, soft_wrap=False)
-
-
-def _print_end(who: str, verdicts: Sequence[CaseComparison | Agreement], refused: dict[str, str]) -> None:
-    """Print what was refused, by reason, and the count of all."""
-    from rainfusion.cli.console import stdout
-
     out = stdout()
-    reasons: dict[str, list[str]] = {}
-    for case, reason in refused.items():
-        reasons.setdefault(reason, []).append(case)
-    for reason, names in reasons.items():
-        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        out.print(f"refused {len(names)} ({some}): {reason}", style="yellow", markup=False, highlight=False)
-    oks = [x.ok for x in verdicts]
+    table = Table("case", "", "", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for name in ("bound", "allowed", "relative", "rms", "lse bound", "same mask", "same bits"):
+        table.add_column(name, justify="right")
+    for x in (x for x in found if x.ok is not None):
+        figures = ("-" if y is None else f"{y:.1e}" for y in (x.bound, x.allowed, x.relative, x.rms, x.lse))
+        same = "-" if x.same_mask is None else f"{x.same_mask:.2%}", "yes" if x.same_bits else "no"
+        table.add_row(x.case, x.level, "[green]agree[/]" if x.ok else "[bold red]DISAGREE[/]", *figures, *same)
+    if table.rows:
+        out.print(table, soft_wrap=False)
+
+    def say(text: str, style: str) -> None:
+        out.print(text, style=style, markup=False, highlight=False)
+
+    for x in (x for x in found if x.ok is False):
+        say(f"{x.case}: {x.level}: {x.why}", "red")
+    refused: dict[str, list[str]] = {}
+    for x in (x for x in found if x.ok is None):
+        refused.setdefault(x.why, []).append(x.case)
+    for reason, names in refused.items():
+        some = ", ".join(dict.fromkeys(names[:5])) + (", ..." if len(names) > 5 else "")
+        say(f"refused {len(names)} ({some}): {reason}", "yellow")
+    if alone := len({*first.observations} ^ {*second.observations}):
+        say(f"{alone} observations are in one report only", "yellow")
+    oks = [x.ok for x in found]
     counts = f"{oks.count(True)} agree, {oks.count(False)} disagree, {oks.count(None)} refused"
     words = counts if True in oks or False in oks else f"nothing was compared: {counts}"
-    style = "green" if True in oks and False not in oks else "bold red"
-    out.print(f"{who}: {words}", style=style, markup=False, highlight=False)
-
-
-def _lse(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"
-
-
-def _share(x: CaseComparison | Agreement) -> str:
-    return "-" if x.mask_agreement is None else f"{x.mask_agreement:.2%}"
-
-
-def _yes(x: Agreement) -> str:
-    return "yes" if x.same_bits else "no"
+    say(f"{first.who} and {second.who}: {words}", "green" if True in oks and False not in oks else "bold red")

@@ -339,44 +339,48 @@ def test_parity_of_a_backend_with_itself(tmp_path):
     report = tmp_path / "new" / "parity.json"
     answer = command("parity", "--backend", "reference", "--cases", "ragged_row-*", "--seed", 3, "--report", report)
     assert answer.exit_code == 0, answer.output
-    assert "reference on cpu against reference on cpu: 4 agree, 0 disagree, 0 refused" in answer.stdout
-    record = json.loads(report.read_text())
-    assert record["agree"] is True
-    assert {case["seed"] for case in record["cases"]} == {3}
-    assert all(len(case["inputs"]) == 64 for case in record["cases"])
+    assert "8 agree, 0 disagree, 0 refused" in answer.stdout
+    assert "no two are compared" in answer.stderr
+    seen = [test["observation"] for test in json.loads(report.read_text())["tests"]]
+    assert {observation["seed"] for observation in seen} == {3}
+    assert all(len(observation["inputs"]) == 64 for observation in seen)
 
 
 def test_parity_as_json():
     pytest.importorskip("torch")
     answer = command("parity", "--backend", "torch", "--cases", "ragged_row-f32", "--json")
     assert answer.exit_code == 0, answer.output
-    assert json.loads(answer.stdout)["agreed"] == 1
+    found = json.loads(answer.stdout)
+    assert found["agree"] is True
+    assert [(x["case"], x["level"], x["ok"]) for x in found["cases"]] == [
+        ("ragged_row-f32", "attend", True),
+        ("ragged_row-f32", "attention", True),
+    ]
+
+
+def observed_as(monkeypatch, **changes):
+    """What `observe` gives, with something changed."""
+    from rainfusion.testing import observe
+
+    right = observe.observe
+    monkeypatch.setattr(observe, "observe", lambda *asked: replace(right(*asked), **changes))
 
 
 def test_parity_ends_with_1_where_they_disagree(monkeypatch):
-    from rainfusion.plugins.conformance import parity
-
-    right = parity.compare_case
-
-    def wrong(a, b, case):
-        return replace(right(a, b, case), ok=False, absolute=float("nan"))
-
-    monkeypatch.setattr(parity, "compare_case", wrong)
+    observed_as(monkeypatch, error=float("inf"))
     answer = command("parity", "--backend", "reference", "--cases", "ragged_row-f32")
     assert answer.exit_code == 1
     assert "DISAGREE" in answer.stdout
+    assert "ragged_row-f32: attend: the first: the output is off by inf" in answer.stdout
     strict = json.loads(
         command("parity", "--backend", "reference", "--cases", "ragged_row-f32", "--json").stdout,
         parse_constant=pytest.fail,
     )
-    assert strict["cases"][0]["absolute"] == "nan"
+    assert strict["cases"][0]["bound"] == "inf"
 
 
-def test_parity_that_compared_nothing_is_not_green(monkeypatch):
-    from rainfusion.plugins.conformance import parity
-
-    refused = parity.CaseComparison("ragged_row-f32", refused="acme: no dtype float32")
-    monkeypatch.setattr(parity, "compare_case", lambda a, b, case: refused)
+def test_parity_that_compared_nothing_is_not_a_pass(monkeypatch):
+    observed_as(monkeypatch, refused="acme: no dtype float32")
     answer = command("parity", "--backend", "reference", "--cases", "ragged_row-f32")
     assert answer.exit_code == 1
     assert "nothing was compared" in answer.stdout
@@ -397,7 +401,7 @@ def reports(tmp_path_factory):
         path = folder / f"{name}.json"
         command("parity", "--backend", "reference", "--cases", "less_than_a_block-*", "--seed", seed, "--report", path)
     wrong = json.loads((folder / "mine.json").read_text())
-    wrong["cases"][0]["evidence"]["error"] = "inf"
+    wrong["tests"][0]["observation"]["error"] = "inf"
     (folder / "wrong.json").write_text(json.dumps(wrong))
     return folder
 
@@ -405,22 +409,22 @@ def reports(tmp_path_factory):
 def test_parity_compares_two_reports(reports):
     answer = command("parity", "--compare", reports / "mine.json", reports / "mine.json")
     assert answer.exit_code == 0, answer.output
-    assert "4 agree, 0 disagree, 0 refused" in answer.stdout
-    assert "no two machines are compared" in answer.stderr
+    assert "8 agree, 0 disagree, 0 refused" in answer.stdout
+    assert "no two are compared" in answer.stderr
     few = command("parity", "--compare", reports / "mine.json", reports / "mine.json", "--cases", "*f32", "--json")
-    assert [case["case"] for case in json.loads(few.stdout)["cases"]] == ["less_than_a_block-f32"]
+    assert [case["case"] for case in json.loads(few.stdout)["cases"]] == ["less_than_a_block-f32"] * 2
 
 
 def test_parity_of_reports_that_disagree(reports):
     answer = command("parity", "--compare", reports / "mine.json", reports / "wrong.json")
     assert answer.exit_code == 1
-    assert "less_than_a_block-f16: the second is off the oracle by inf" in answer.stdout
+    assert "less_than_a_block-f16: attend: the second: the output is off by inf" in answer.stdout
 
 
 @pytest.mark.parametrize(
     ("second", "said"),
     [
-        ("other_seed", "the reports were made of other inputs (seeds 0 and 3): 4 of 4 cases differ"),
+        ("other_seed", "the reports were made of other inputs (seeds 0 and 3): 8 of 8 observations differ"),
         ("missing", "missing.json cannot be read"),
     ],
 )

@@ -97,9 +97,10 @@ def test_it_passes_the_kit_with_an_empty_subclass(demo: Any, tmp_path: Path) -> 
     plain = ("-p", "no:cacheprovider", "-q", "-rfE")
     done = demo.start("-m", "pytest", *plain, f"--rainfusion-report={report}", cwd=DEMO, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:]
-    (suite,) = json.loads(report.read_text(encoding="utf-8"))["suites"]
-    assert (suite["backend"], suite["device"], {*suite["outcomes"]}) == ("acme", "acme:0", {"passed", "skipped"})
-    reasons = {test["reason"].partition(": ")[2] for test in suite["tests"] if test["outcome"] == "skipped"}
+    found = json.loads(report.read_text(encoding="utf-8"))
+    assert (found["target"]["backend"], found["target"]["device"]) == ("acme", "acme:0")
+    assert {test["outcome"] for test in found["tests"]} == {"passed", "skipped"}
+    reasons = {test["reason"].partition(": ")[2] for test in found["tests"] if test["outcome"] == "skipped"}
     assert "no dtype bfloat16 (it has float16, float32)" in reasons
 
 

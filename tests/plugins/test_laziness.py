@@ -13,9 +13,9 @@ VENDORS = {"torch", "triton", "torch_npu", "openvino"}
     ("module", "absent"),
     [
         ("rainfusion", {*VENDORS, "numpy", "array_api_compat", "pluggy"}),
-        ("rainfusion.plugins.conformance.pytest_plugin", {*VENDORS, "numpy", "array_api_compat"}),
-        ("rainfusion.plugins.conformance", {*VENDORS, "numpy", "pytest"}),
-        ("rainfusion.plugins.conformance.parity", {*VENDORS, "pytest"}),
+        ("rainfusion.testing", {*VENDORS, "numpy", "pytest"}),
+        ("rainfusion.testing.pytest_plugin", VENDORS),
+        ("rainfusion.testing.observe", {*VENDORS, "pytest"}),
         ("rainfusion.functional", VENDORS),
         ("rainfusion.dispatch", VENDORS),
         ("rainfusion.core.passes", VENDORS),

@@ -1,4 +1,4 @@
-from rainfusion.plugins.conformance import ConformanceSuite
+from rainfusion.testing import ConformanceSuite
 
 
 class TestAcme(ConformanceSuite):

@@ -1,0 +1,168 @@
+"""Targets: chips, and backends on a chip with what they are meant to run there (``targets.toml``, see README.md).
+
+A chip with `evidence` "emulated" or "contract" is a stand-in: an interpreter, or libraries that only check calls.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rainfusion.core.errors import RainfusionError
+from rainfusion.core.problem import DTYPES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+HARDWARE, EMULATED, CONTRACT = "hardware", "emulated", "contract"
+ANY = "any"
+T = TypeVar("T")
+
+
+class MatrixError(RainfusionError, ValueError):
+    """Targets or records that are malformed or do not fit together."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A piece of hardware, or what stands in for one.
+
+    Attributes:
+        key: its name in targets and files.
+        recognise: patterns of the name it gives itself, ``*`` for anything.
+        tflops: dense peak by dtype; bandwidth: TB/s of its memory; `source` says where from.
+    """
+
+    key: str
+    name: str
+    architecture: str
+    vendor: str = ""
+    recognise: tuple[str, ...] = ()
+    evidence: str = HARDWARE
+    tflops: Mapping[str, float] = field(default_factory=dict)
+    bandwidth: float | None = None
+    source: str = ""
+
+    @property
+    def title(self) -> str:
+        """Vendor and name."""
+        return f"{self.vendor} {self.name}".strip()
+
+    def is_called(self, name: str) -> bool:
+        """Whether a device of that name is this chip."""
+        return any(fnmatchcase(name, pattern) for pattern in self.recognise)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend on a chip."""
+
+    backend: str
+    chip: Chip
+    device: str = ""
+    runtime: str = ""
+    dtypes: tuple[str, ...] = ()
+    blocks: Any = ANY
+    head_dims: Any = ANY
+    unsupported: Mapping[str, str] | str = field(default_factory=dict)
+    stand_in: str = ""
+    environ: Mapping[str, str] = field(default_factory=dict)
+    benchmark: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Backend and chip: the stem of its record's file."""
+        return f"{self.backend}-{self.chip.key}"
+
+    def why_not(self, dtype: str) -> str:
+        """Why a dtype is not supported; empty where it is."""
+        return self.unsupported if isinstance(self.unsupported, str) else self.unsupported.get(dtype, "")
+
+
+def read_targets(path: Path) -> tuple[dict[str, Chip], dict[str, Target]]:
+    """Chips by key and targets by name.
+
+    Raises:
+        MatrixError: the file cannot be read, or an entry is malformed; the message names it.
+    """
+    document = read_toml(path)
+    _refuse_unknown(document, {"chips", "target"}, str(path))
+    chips = {key: _chip(key, entry) for key, entry in document.get("chips", {}).items()}
+    targets: dict[str, Target] = {}
+    for entry in document.get("target", []):
+        target = _target(entry, chips)
+        if target.name in targets:
+            raise MatrixError(f"target {target.name} is listed twice")
+        targets[target.name] = target
+    for target in targets.values():
+        _check_stand_in(target, targets)
+    return chips, targets
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file.
+
+    Raises:
+        MatrixError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MatrixError(
+            f"{path} cannot be read ({error.strerror}); run in a checkout of rainfusion, or give --folder"
+        ) from error
+    except ValueError as error:
+        raise MatrixError(f"{path} is not TOML: {error}") from error
+
+
+def _chip(key: str, entry: dict[str, Any]) -> Chip:
+    chip = _built(Chip, f"chip {key}", {**entry, "key": key})
+    if chip.evidence not in (HARDWARE, EMULATED, CONTRACT):
+        raise MatrixError(f"chip {key} has evidence {chip.evidence!r}; give {HARDWARE}, {EMULATED} or {CONTRACT}")
+    if (chip.tflops or chip.bandwidth) and not chip.source:
+        raise MatrixError(f"chip {key} has figures without a source; name the data sheet")
+    return chip
+
+
+def _target(entry: dict[str, Any], chips: Mapping[str, Chip]) -> Target:
+    what = f"target {entry.get('backend')}-{entry.get('chip')}"
+    if entry.get("chip") not in chips:
+        raise MatrixError(f"{what} names no chip; give one of {', '.join(chips)}")
+    target = _built(Target, what, {**entry, "chip": chips[entry["chip"]]})
+    if isinstance(target.unsupported, str):
+        return target
+    missing = [name for name in ("device", "runtime", "dtypes") if not getattr(target, name)]
+    if missing:
+        raise MatrixError(f"{what} lacks {', '.join(missing)}")
+    _refuse_unknown({*target.dtypes, *target.unsupported}, DTYPES, what)
+    for dtype in DTYPES:
+        if (dtype in target.dtypes) == bool(target.why_not(dtype)):
+            raise MatrixError(f"{what}: {dtype} must be either in dtypes or, with a reason, in unsupported")
+    return target
+
+
+def _check_stand_in(target: Target, targets: Mapping[str, Target]) -> None:
+    other = targets.get(target.stand_in)
+    if target.stand_in and (not other or other.backend != target.backend or other.chip.evidence == HARDWARE):
+        raise MatrixError(f"target {target.name}: stand_in {target.stand_in!r} is no stand-in for {target.backend}")
+
+
+def _built(kind: type[T], what: str, entry: dict[str, Any]) -> T:
+    known = fields(kind)  # type: ignore[arg-type]
+    _refuse_unknown(entry, {f.name for f in known}, what)
+    required = {f.name for f in known if f.default is MISSING and f.default_factory is MISSING}
+    if required - {*entry}:
+        raise MatrixError(f"{what} lacks {', '.join(sorted(required - {*entry}))}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+
+
+def _refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    unknown = sorted({*given} - {*known})
+    if unknown:
+        raise MatrixError(f"{what}: {', '.join(unknown)} is not known; give {', '.join(sorted(known))}")
