@@ -61,12 +61,12 @@ if TYPE_CHECKING:
     from rainfusion.core.stages import Stages as Stages
     from rainfusion.dispatch import cache as cache
     from rainfusion.dispatch import choose as choose
-    from rainfusion.dispatch import lower as lower
     from rainfusion.dispatch import register as register
     from rainfusion.dispatch import unregister as unregister
     from rainfusion.dispatch import use as use
     from rainfusion.functional import attention as attention
     from rainfusion.functional import block_means as block_means
+    from rainfusion.functional import lower as lower
     from rainfusion.functional import merge as merge
     from rainfusion.functional import select as select
     from rainfusion.plugins import hookimpl as hookimpl

@@ -577,20 +577,21 @@ def _write(acc, mass, peak, outs, tile, sizes, HALF: gl.constexpr, DIM: gl.const
     empty = mass == 0.0
     share = gl.convert_layout(gl.where(empty, 0.0, 1.0 / mass), gl.SliceLayout(1, _accumulator(DIM)))
     result = (acc * gl.expand_dims(share, 1)).to(out.dtype.element_ty)
-    result = gl.convert_layout(result, WIDE)
     position, token, there = _tokens_of_rows(out_order, first, sizes, gl.SliceLayout(1, WIDE))
+    head = out + (bh // sizes.heads).to(gl.int64) * out_b + (bh % sizes.heads).to(gl.int64) * out_h
+    column = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
+    at = gl.expand_dims(token.to(gl.int64) * out_n, 1) + gl.expand_dims(column, 0)
+    result = gl.convert_layout(result, WIDE)
     end = sizes.q_len
     if lengths is not None:  # queries beyond it attend to nothing
         end = _end(lengths, bh // sizes.heads, sizes.kv_len)
         result = gl.where(gl.expand_dims(position < end, 1), result, 0.0)
-    head = out + (bh // sizes.heads).to(gl.int64) * out_b + (bh % sizes.heads).to(gl.int64) * out_h
-    column = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
-    at = gl.expand_dims(token.to(gl.int64) * out_n, 1) + gl.expand_dims(column, 0)
     gl.store(head + at, result, mask=gl.expand_dims(there, 1))
     if lse is not None:
         position, token, there = _tokens_of_rows(out_order, first, sizes, S_ROW)
-        nothing = empty | (position >= end)
-        natural = gl.where(nothing, _NONE, (_finite(peak) + gl.log2(mass)) * _LN_2)
+        if lengths is not None:
+            empty = empty | (position >= end)
+        natural = gl.where(empty, _NONE, (_finite(peak) + gl.log2(mass)) * _LN_2)
         gl.store(lse + bh.to(gl.int64) * sizes.q_len + token, natural, mask=there)
 
 
