@@ -110,7 +110,8 @@ def _reaching(score: ov.Node, inputs: _Inputs) -> list[ov.Node]:
     ranked = op.gather_elements(_first(weights, inputs["free"]), columns, axis=_LAST)
     before = op.cumsum(ranked, op.constant(np.int64(_LAST)), exclusive=True)
     protected = op.reduce_sum(_rest(weights, inputs["free"]), _axis(_LAST), True)
-    return [columns, op.less(op.add(before, protected), op.multiply(total, inputs["mass"]))]
+    wanted = op.less(op.add(before, protected), op.multiply(total, inputs["mass"]))
+    return [columns, wanted.output(0)]
 
 
 def _best_first(score: ov.Node, count: ov.Node) -> ov.Node:
