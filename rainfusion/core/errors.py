@@ -68,7 +68,7 @@ class RainfusionWarning(UserWarning):
 
 
 class SparsityWarning(RainfusionWarning):
-    """The requested sparsity cannot be realised, or protection takes most of what is kept; the message says what helps."""
+    """A sparsity that cannot be realised, or one whose budget protection takes; the message says what helps."""
 
 
 class SpeedWarning(RainfusionWarning):

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from rainfusion.core.ops import Attend, AttendMeans, Op, Select
 
 import rainfusion
 from rainfusion import BackendSpec, Kernel
 from rainfusion.backends.reference import ReferenceBackend
 from rainfusion.core import ops
+from rainfusion.core.ops import Attend, AttendMeans, Op, Select
 from rainfusion.plugins.manager import host
 from rainfusion.testing.cases import Case, every_case
 from rainfusion.testing.huge import check_heads, huge_heads, require_memory
