@@ -321,7 +321,7 @@ def _sparse_rows(
     fewest, most = (pick(to_numpy(counts), axis=(0, 1)) for pick in (np.min, np.max))
     kept_first = xp.argsort(xp.astype(~mask, xp.uint8), axis=-1, stable=True)
     first_block = _first_block_of_heads(batch, heads, k.shape[1], columns, device, xp)
-    end = length if lengths is None else lengths[:, None, None, None]
+    end = length if lengths is None else xp.clip(lengths, max=length)[:, None, None, None]
     plain = length % block == 0 and lengths is None and bias is None
 
     def row(i: int) -> _Keys:
