@@ -59,6 +59,8 @@ class Selection:
         self.op, self._shape, self._device, self._score = op, shape, device, score
         prior = score is not None and score.op.prior is not None
         self._model = SelectionModel(score is not None, prior, padded=op.lengths is not None)
+        # compiled before the first call
+        selection_requests(self._model._replace(mass=op.mass is not None), device)
 
     def __call__(self, values: Values) -> np.ndarray:
         """The mask, bool ``[B, H, q blocks, key blocks]``."""

@@ -22,19 +22,17 @@ OPERATORS = (
     *("eq.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "eq.Scalar", "ne.Scalar", "lt.Scalar", "gt.Scalar"),
     *("ge.Tensor", "ge.Scalar", "minimum", "rsub.Scalar"),
     *("bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_not"),
-    *("zeros_like", "ones_like", "full_like", "scalar_tensor", "arange.start_step"),
+    *("zeros", "zeros_like", "ones_like", "full_like", "scalar_tensor", "arange.start_step"),
 )
-IN_PLACE = ("zero_", "fill_.Scalar")
 
 
 def install() -> torch.library.Library:
     """Register the CPU kernels for NPU tensors; they stay while the library that is returned lives."""
     library = torch.library.Library("aten", "IMPL")
-    for names, kind in ((OPERATORS, _on_host), (IN_PLACE, _in_place)):
-        for name in names:
-            packet, _, overload = name.partition(".")
-            operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
-            library.impl(name, kind(operator), "PrivateUse1")
+    for name in OPERATORS:
+        packet, _, overload = name.partition(".")
+        operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        library.impl(name, _on_host(operator), "PrivateUse1")
     library.impl("_to_copy", _cast, "PrivateUse1")
     return library
 
@@ -44,14 +42,6 @@ def _on_host(operator: Any) -> Callable[..., Any]:
         args, kwargs = tree_map_only(torch.Tensor, _seen_by_host, (args, kwargs))
         kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
         return tree_map_only(torch.Tensor, _on_device, operator(*args, **kwargs))
-
-    return kernel
-
-
-def _in_place(operator: Any) -> Callable[..., Any]:
-    def kernel(x: torch.Tensor, *args: Any) -> torch.Tensor:
-        operator(_seen_by_host(x), *args)
-        return x
 
     return kernel
 

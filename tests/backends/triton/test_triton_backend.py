@@ -28,7 +28,10 @@ from rainfusion.core.errors import RainfusionWarning, SpeedWarning
 from rainfusion.core.passes import from_means
 from rainfusion.plugins.manager import host
 
-pytestmark = pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SparsityWarning")  # problems are small here
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SparsityWarning"),  # problems are small here
+]
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 GRID = (3, 4, 8)
@@ -157,6 +160,8 @@ CASES = (
 CONTRACT = "test_contract and not every_claimed_shape and not beyond and not what_is_not_claimed"
 
 
+@pytest.mark.kit
+@pytest.mark.slow
 def test_the_kit_passes() -> None:
     here = {"TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"}
     command = [
@@ -184,6 +189,7 @@ def test_the_kit_passes() -> None:
 SHARED = {"cuda 80": 163, "cuda 89": 99, "cuda 90": 227, "cuda 100": 227, "hip gfx942": 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED)
 def test_kernels_compile_for(target: str) -> None:
     script = Path(__file__).parent / "compile_only.py"

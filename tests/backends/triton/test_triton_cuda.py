@@ -19,6 +19,7 @@ from rainfusion.core.plan import Plan
 from rainfusion.plugins.manager import host
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; kernels run interpreted elsewhere"),
     pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SpeedWarning"),  # problems are small here
     pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SparsityWarning"),

@@ -22,7 +22,11 @@ else:
 
 PLANS = next(iter(PROBLEMS.values())).plans()
 
-pytestmark = [pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SparsityWarning")]
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SparsityWarning"),
+]
 
 
 @pytest.mark.parametrize("size", PROBLEMS)
