@@ -1,20 +1,24 @@
-# Two commands do all their own set-up (Python >= 3.10 and make, nothing else):
-#   make demo   dense against sparse attention on a real clip, with a picture
-#   make test   lint, types, import contracts and the whole suite, as CI runs them
+# These do all their own set-up (Python >= 3.10 and make, nothing else):
+#   make demo    dense against sparse attention on a real clip, with a picture
+#   make check   lint, types, import contracts and the quick tests, in under a minute once it is set up
+#   make test    all of that and the whole suite, as CI runs them
 
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test docs clean
+.PHONY: demo check test docs clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/rainfusion run bikes --png demo/bikes.png
 
-test: .venv-test/ready .venv-npu/ready
+check: .venv-test/ready
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
 	.venv-test/bin/lint-imports
+	.venv-test/bin/python -m pytest -q -m quick tests/core tests/public
+
+test: check .venv-npu/ready
 	.venv-test/bin/python -m pytest
 	.venv-test/bin/python -m hw_matrix check
 

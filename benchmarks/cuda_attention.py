@@ -32,12 +32,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
 
 import rainfusion
-from rainfusion.backends.triton import chip
+from rainfusion.backends.triton import hardware
 from rainfusion.backends.triton.attend_blocks import attend_blocks
-from rainfusion.backends.triton.configs import AttendConfig, attend_configs
 from rainfusion.backends.triton.lowering import Lowered
 from rainfusion.backends.triton.operands import Attention
+from rainfusion.backends.triton.tuning import AttendConfig, attend_configs
 from rainfusion.core.errors import RainfusionWarning
+from rainfusion.core.executable import Values
 from rainfusion.integrations.flex_attention import to_flex
 
 BLOCK = 128
@@ -145,14 +146,16 @@ def attend_kernels(q: Tensor, k: Tensor, v: Tensor, mask: rainfusion.BlockMask) 
         rainfusion.plan(problem, policy=rainfusion.Fixed()), device="cuda:0", backend="triton"
     )
     lowered = _lowered(executable)
-    folded = lowered.fold({"%q": q, "%k": k, "%v": v})
-    lists = lowered.list(*folded[:2], mask.blocks)
+    values = {"%q": q, "%k": k, "%v": v, "%mask": mask.blocks}
+    blocks = lowered.fold(values)
+    lists = lowered.list(values, blocks)
+    assert lists is not None
     out = torch.empty_like(q)
     config, precision = _settings(q)
     tiles = torch.arange(lists.counts.numel(), dtype=torch.int32, device="cuda")
     given = Attention(q, k, v, q.shape[2], k.shape[2], (BLOCK, BLOCK), lists, tiles, problem.scale)
     kernels: Kernels = {
-        OURS: lambda: lowered.attend(*folded, lists),
+        OURS: lambda: lowered.attend(values, blocks, lists),
         PLAIN: lambda: attend_blocks(given, out, None, config, precision),
     }
     flash_4 = _flash_4(q, k, v, mask)
@@ -167,7 +170,7 @@ def attend_kernels(q: Tensor, k: Tensor, v: Tensor, mask: rainfusion.BlockMask) 
 
 def _settings(q: Tensor) -> tuple[AttendConfig, str]:
     """Those of the plain kernel, and how it multiplies."""
-    return attend_configs(q.itemsize, q.shape[3], chip.architecture(q.device))[0], chip.precision(q.device)
+    return attend_configs(q.itemsize, q.shape[3], hardware.architecture(q.device))[0], hardware.precision(q.device)
 
 
 def _lowered(executable: rainfusion.Executable) -> Lowered:
@@ -232,29 +235,26 @@ def stages(args: argparse.Namespace, ratios: list[dict[str, Any]]) -> list[dict[
 
 
 def _stage_kernels(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int]) -> Kernels:
-    values = {"%q": q, "%k": k, "%v": v}
     problem = rainfusion.AttentionProblem.from_tensors(q, k, v)
     layout, policy = rainfusion.TokenLayout(grid), rainfusion.TopK(0.8)
     plans = [rainfusion.plan(problem, layout, policy, order=order) for order in ("window", "given")]
-    window, given = (_lowered(rainfusion.lower(plan, device="cuda:0", backend="triton")) for plan in plans)
-    folded, folded_given = window.fold(values), given.fold(values)
-    lists, lists_given = window.list(*folded[:2], None), given.list(*folded_given[:2], None)
-
-    order = torch.tensor(layout.order, dtype=torch.int32, device="cuda")
-    tiles = torch.arange(lists.counts.numel(), dtype=torch.int32, device="cuda")
-    through = {"q_order": order, "kv_order": order, "out_order": order}
-    inside = Attention(q, k, v, q.shape[2], k.shape[2], (BLOCK, BLOCK), lists, tiles, problem.scale, **through)
-    out, (config, precision) = torch.empty_like(q), _settings(q)
+    executables = [rainfusion.lower(plan, device="cuda:0", backend="triton") for plan in plans]
+    window, given = (_lowered(executable) for executable in executables)
+    values = Values(executables[0].constants)
+    values.update({"%q": q, "%k": k, "%v": v})
+    blocks, blocks_given = window.fold(values), given.fold(values)
+    lists, lists_given = window.list(values, blocks), given.list(values, blocks_given)
+    assert lists is not None
+    assert lists_given is not None
 
     def call(sparsity: float, omitted: str = "drop") -> Any:
         return rainfusion.attention(q, k, v, grid=grid, sparsity=sparsity, omitted=omitted, backend="triton")
 
     return {
-        "mask chain and order": lambda: window.list(*window.fold(values)[:2], None),
-        "mask chain, order given": lambda: given.list(*given.fold(values)[:2], None),
-        "attend, to the caller's tokens": lambda: window.attend(*folded, lists),
-        "attend, order given": lambda: given.attend(*folded_given, lists_given),
-        "plain kernel, gathering inside": lambda: attend_blocks(inside, out, None, config, precision),
+        "mask chain and order": lambda: window.list(values, window.fold(values)),
+        "mask chain, order given": lambda: given.list(values, given.fold(values)),
+        "attend, to the caller's tokens": lambda: window.attend(values, blocks, lists),
+        "attend, order given": lambda: given.attend(values, blocks_given, lists_given),
         "whole call, 80 % skipped": lambda: call(0.8),
         "whole call, 80 %, summaries": lambda: call(0.8, "summary"),
         "whole call, 90 % skipped": lambda: call(0.9),

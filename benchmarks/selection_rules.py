@@ -17,11 +17,11 @@ from itertools import pairwise
 import numpy as np
 
 import rainfusion
-from rainfusion.demo import decode, features
-from rainfusion.demo.metrics import block_mass, block_scores, recall
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.ops import block_mean, select
 from rainfusion.core.windows import Sizes
+from rainfusion.demo import decode, features
+from rainfusion.demo.metrics import block_mass, block_scores, recall
 
 CLIPS = ("bikes", "bigbuckbunny", "carphone")
 BLOCK, PARTS = 128, 4

@@ -13,11 +13,11 @@ import argparse
 from itertools import product
 
 import rainfusion
-from rainfusion.demo import decode, features
-from rainfusion.demo.metrics import block_mass, block_scores, recall
 from rainfusion.core.layout import times
 from rainfusion.core.ops import select
 from rainfusion.core.windows import Sizes
+from rainfusion.demo import decode, features
+from rainfusion.demo.metrics import block_mass, block_scores, recall
 
 CLIPS = ("bikes", "bigbuckbunny", "carphone")
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from rainfusion.core.layout import TokenLayout as TokenLayout
     from rainfusion.core.layout import Tokens as Tokens
     from rainfusion.core.mask import BlockMask as BlockMask
+    from rainfusion.core.mask import PackedMask as PackedMask
     from rainfusion.core.plan import Plan as Plan
     from rainfusion.core.planner import plan as plan
     from rainfusion.core.policies import Budget as Budget
@@ -61,12 +62,12 @@ if TYPE_CHECKING:
     from rainfusion.core.stages import Stages as Stages
     from rainfusion.dispatch import cache as cache
     from rainfusion.dispatch import choose as choose
-    from rainfusion.dispatch import lower as lower
     from rainfusion.dispatch import register as register
     from rainfusion.dispatch import unregister as unregister
     from rainfusion.dispatch import use as use
     from rainfusion.functional import attention as attention
     from rainfusion.functional import block_means as block_means
+    from rainfusion.functional import lower as lower
     from rainfusion.functional import merge as merge
     from rainfusion.functional import select as select
     from rainfusion.plugins import hookimpl as hookimpl
@@ -78,6 +79,7 @@ _HOMES = {
     "rainfusion.functional": (
         "attention",
         "block_means",
+        "lower",
         "merge",
         "select",
     ),
@@ -122,7 +124,7 @@ _HOMES = {
         "TokenLayout",
         "Tokens",
     ),
-    "rainfusion.core.mask": ("BlockMask",),
+    "rainfusion.core.mask": ("BlockMask", "PackedMask"),
     "rainfusion.core.plan": ("Plan",),
     "rainfusion.core.planner": ("plan",),
     "rainfusion.core.policies": (
@@ -138,7 +140,6 @@ _HOMES = {
     "rainfusion.dispatch": (
         "cache",
         "choose",
-        "lower",
         "register",
         "unregister",
         "use",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from rainfusion import dispatch, functional
+from rainfusion import calls, dispatch
 from rainfusion.core import policies
 from rainfusion.core.errors import LayoutError, MaskError, ProblemError
 from rainfusion.core.executable import Executable, live
@@ -54,7 +54,7 @@ class Operands(NamedTuple):
 
 
 def record_call(
-    arguments: Mapping[str, Any], settings: functional.Settings, returns: tuple[str, ...], backend: str | None
+    arguments: Mapping[str, Any], settings: calls.Settings, returns: tuple[str, ...], backend: str | None
 ) -> Any:
     """A call of `attention`, `select` or `block_means` while torch traces; its results as the call returns them.
 
@@ -137,7 +137,7 @@ def _check_axes(arguments: Mapping[str, Any], tensor_layout: str) -> None:
 # -- shapes of results, from shapes that may be symbolic -------------------------------------------
 
 
-def _shape(name: str, arguments: Mapping[str, Any], settings: functional.Settings) -> tuple[Any, ...]:
+def _shape(name: str, arguments: Mapping[str, Any], settings: calls.Settings) -> tuple[Any, ...]:
     """The shape of a value that a call returns."""
     q, k = arguments["q"], arguments["k"]
     heads, tokens = (1, 2) if settings.tensor_layout == "bhsd" else (2, 1)
@@ -163,7 +163,7 @@ def _dtype(name: str, q: Any) -> str:
     return "bool" if name == "%mask" else "float64" if own == "float64" else "float32"
 
 
-def _block(settings: functional.Settings) -> tuple[Any, Any]:
+def _block(settings: calls.Settings) -> tuple[Any, Any]:
     """Tokens in a query block and in a key block."""
     block = settings.block
     pair = tuple(block) if isinstance(block, (tuple, list)) else (block, block)
@@ -312,7 +312,7 @@ class Reader:
         return _layout_of(self.read(parts), self.read(block))
 
     def _settings(self, *items: tuple[str, Any]) -> TokenLayout:
-        return functional.Settings(**{name: self.read(item) for name, item in items}).layout()
+        return calls.Settings(**{name: self.read(item) for name, item in items}).layout()
 
 
 _READERS: dict[str, Any] = {
@@ -363,7 +363,7 @@ class NotedLayout:
 _OF_LAYOUT = ("grid", "text", "text_position", "parts", "block", "window", "sink")
 
 
-def _mask_made(blocks: Any, arguments: Mapping[str, Any], settings: functional.Settings) -> BlockMask:
+def _mask_made(blocks: Any, arguments: Mapping[str, Any], settings: calls.Settings) -> BlockMask:
     tokens = 2 if settings.tensor_layout == "bhsd" else 1
     q_len, kv_len = arguments["q"].shape[tokens], arguments["k"].shape[tokens]
     noted = Operands([], [], [])
@@ -449,8 +449,8 @@ def _parsed(text: str) -> Any:
 
 def _call(reader: Reader, arguments: Any, settings: Any, returns: tuple[str, ...], backend: str | None) -> Any:
     given = {name: reader.read(text) for name, text in arguments}
-    chosen = functional.Settings(**{name: reader.read(text) for name, text in settings})
-    return functional.call(given, chosen, returns, backend)
+    chosen = calls.Settings(**{name: reader.read(text) for name, text in settings})
+    return calls.call(given, chosen, returns, backend)
 
 
 def _run(reader: Reader, arguments: Any, returns: tuple[str, ...], address: str) -> Any:

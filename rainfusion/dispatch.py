@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from threading import RLock
 from typing import Any, Generic, TypeVar
 
 from rainfusion.core import choice as choosing
-from rainfusion.core import executable as executables
 from rainfusion.core import lowering
 from rainfusion.core.backend import Backend, BackendSpec, Device
 from rainfusion.core.choice import Choice
@@ -72,14 +70,31 @@ class LruDict(OrderedDict[Any, Value], Generic[Value]):
             return value
 
 
+def restore(plan: Plan, backend: str, device: str) -> Executable:
+    """The plan lowered for a device of that address, as a pickled executable or a saved graph names it.
+
+    Raises:
+        BackendError: the backend is not there, or finds no such device.
+    """
+    loaded = host().backend(backend)
+    for found in loaded.devices():
+        if str(found) == device:
+            return cache.executable(plan, loaded, found)
+    raise BackendUnavailableError(f"backend {backend!r} does not find {device} here")
+
+
 class ExecutableCache:
     """Every executable that rainfusion keeps: by plan and device, and by the calls that led to it.
 
     Args:
         limit: executables, and calls, that are kept.
+
+    Attributes:
+        restore: what a pickled executable calls when it is read.
     """
 
     def __init__(self, limit: int = 128) -> None:
+        self.restore: Callable[[Plan, str, str], Executable] = restore
         self._plans: LruDict[Executable] = LruDict(limit)
         self._choices: LruDict[Choice] = LruDict(limit)
         self._calls: LruDict[Prepared] = LruDict(2 * limit)
@@ -89,7 +104,7 @@ class ExecutableCache:
         key = (plan, backend, str(device), strict)
         found = self._plans.find(key)
         if found is None:
-            lowered = lowering.lower(plan, backend, device, strict=strict, restore=restore)
+            lowered = lowering.lower(plan, backend, device, strict=strict, restore=self.restore)
             found = self._plans.keep(key, lowered)
         return found
 
@@ -132,38 +147,6 @@ def prepare(plan: Plan, notes: tuple[str, ...], *, like: Array, backend: str | N
             )
         )
     return Prepared(lowered, tuple(warnings))
-
-
-def lower(
-    plan: Plan, *, like: Array = None, device: object = None, backend: str | None = None, strict: bool = False
-) -> Executable:
-    """Lower a plan, to be called as ``run(q, k, v)`` many times.
-
-    Args:
-        like: an array; the plan is lowered for the device where it lives.
-        device: address such as ``"cuda:0"`` or ``"cpu"``, as `devices` lists them, or what prints as one: a
-            `Device`, a `torch.device`; default: the best.
-        backend: its name; default as in `attention`.
-        strict: forbid operations that no kernel of the backend takes.
-
-    Raises:
-        BackendError: no backend for this plan and device, or, under `strict`, a gap.
-    """
-    taken = choose(plan, like=like, device=device, backend=backend).candidate
-    return cache.executable(plan, taken.backend, taken.device, strict=strict)
-
-
-def restore(plan: Plan, backend: str, device: str) -> Executable:
-    """The plan lowered for a device of that address, as a pickled executable or a saved graph names it.
-
-    Raises:
-        BackendError: the backend is not there, or finds no such device.
-    """
-    loaded = host().backend(backend)
-    for found in loaded.devices():
-        if str(found) == device:
-            return cache.executable(plan, loaded, found)
-    raise BackendUnavailableError(f"backend {backend!r} does not find {device} here")
 
 
 def choose(plan: Plan, *, like: Array = None, device: object = None, backend: str | None = None) -> Choice:
@@ -230,16 +213,3 @@ def _choose(plan: Plan, asked_for: tuple[str, str] | None, *, like: Array = None
     address = None if device is None else str(device)
     able, rejected = choosing.candidates(plan, loaded, array=like, device=address)
     return choosing.choose(plan, able, [*missing, *rejected], words, host().override)
-
-
-def _torch_tracer() -> executables.Tracer | None:
-    torch = sys.modules["torch"]
-    if not torch.compiler.is_compiling():
-        return None
-    from rainfusion import compile as graph
-
-    tracer: executables.Tracer = graph.record
-    return tracer
-
-
-executables.tracers.append(_torch_tracer)

@@ -1,72 +1,27 @@
-"""Attention in one call, and the pieces of it: selection, block means, and joining two attentions."""
+"""The public functions: attention in one call, its pieces, and a plan lowered to be called many times."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from array_api_compat import array_namespace
 
 from rainfusion import dispatch
+from rainfusion.calls import Settings, call, settings_of
+from rainfusion.core import executable as executables
 from rainfusion.core import ops
-from rainfusion.core.arrays import array_facts
 from rainfusion.core.errors import ProblemError
-from rainfusion.core.executable import swap_if_bshd
-from rainfusion.core.layout import TokenLayout
+from rainfusion.core.executable import Executable, swap_if_bshd
 from rainfusion.core.mask import BlockMask
 from rainfusion.core.ops.means import compute_dtype
 from rainfusion.core.plan import Plan
-from rainfusion.core.planner import plan_with_notes
-from rainfusion.core.policies import Fixed, Policy, TopK
-from rainfusion.core.problem import TENSOR_LAYOUTS, AttentionProblem
+from rainfusion.core.policies import Policy
+from rainfusion.core.problem import TENSOR_LAYOUTS
 
 Array = Any
-
-
-class Settings(NamedTuple):
-    """What a call says beside its tensors: the arguments of `attention` by the same names."""
-
-    grid: tuple[int, int, int] | None = None
-    text: int = 0
-    text_position: str = "end"
-    parts: tuple[Any, ...] | None = None
-    sparsity: float | tuple[float, ...] | None = None
-    policy: Policy | None = None
-    block: int | tuple[int, int] = 128
-    window: tuple[int, int, int] | None = None
-    sink: str | tuple[str, ...] | None = "first_frame"
-    omitted: str = "drop"
-    order: str = "window"
-    tensor_layout: str = "bhsd"
-    scale: float | None = None
-
-    def layout(self) -> TokenLayout:
-        """The token layout that the settings describe."""
-        return TokenLayout(
-            self.grid, self.text, self.text_position, self.window, self.block, self.sink, parts=self.parts
-        )
-
-    def chosen_policy(self, given: Mapping[str, Any]) -> Policy:
-        """The one policy that the settings and the operands given at call time name.
-
-        Raises:
-            ProblemError: two of them say what to attend.
-        """
-        says = {"sparsity": self.sparsity, "policy": self.policy, "mask": given["mask"], "quotas": given["quotas"]}
-        named = [name for name, value in says.items() if value is not None]
-        if "mask" in named and getattr(self.policy, "reads_mask", False):
-            named.remove("policy")
-        if "quotas" in named and self.policy is not None:
-            named.remove("quotas")  # they replace the policy's own
-        if len(named) > 1:
-            raise ProblemError(f"{' and '.join(named)} both say what to attend; give one of them")
-        if given["mask"] is not None:
-            return Fixed()
-        if self.policy is not None:
-            return self.policy
-        return TopK() if self.sparsity is None else TopK(self.sparsity)
 
 
 def attention(
@@ -170,7 +125,7 @@ def select(
         ProblemError: an argument that `attention` does not have, and as `attention`.
     """
     arguments = {"q": q, "k": k, "v": None, "mask": None, "quotas": quotas, "kv_lengths": kv_lengths}
-    mask: BlockMask = _call(arguments, _settings(settings), ("%mask",), backend)
+    mask: BlockMask = _call(arguments, settings_of(settings), ("%mask",), backend)
     return mask
 
 
@@ -193,7 +148,7 @@ def block_means(
     if side not in ("q", "kv"):
         raise ProblemError(f"side={side!r} is not known; choose one of 'q', 'kv'")
     arguments = {"q": x, "k": x, "v": None, "mask": None, "quotas": None, "kv_lengths": kv_lengths}
-    return _call(arguments, _settings(settings), ("%qb",) if side == "q" else ("%kb",), backend)
+    return _call(arguments, settings_of(settings), ("%qb",) if side == "q" else ("%kb",), backend)
 
 
 def merge(
@@ -231,12 +186,23 @@ _RETURNS = MappingProxyType(
 )
 
 
-def _settings(given: Mapping[str, Any]) -> Settings:
-    try:
-        return Settings(**given)
-    except TypeError:
-        unknown = ", ".join(sorted({*given} - {*Settings._fields}))
-        raise ProblemError(f"{unknown} is not an argument; choose from {', '.join(Settings._fields)}") from None
+def lower(
+    plan: Plan, *, like: Array = None, device: object = None, backend: str | None = None, strict: bool = False
+) -> Executable:
+    """Lower a plan, to be called as ``run(q, k, v)`` many times.
+
+    Args:
+        like: an array; the plan is lowered for the device where it lives.
+        device: address such as ``"cuda:0"`` or ``"cpu"``, as `devices` lists them, or what prints as one: a
+            `Device`, a `torch.device`; default: the best.
+        backend: its name; default as in `attention`.
+        strict: forbid operations that no kernel of the backend takes.
+
+    Raises:
+        BackendError: no backend for this plan and device, or, under `strict`, a gap.
+    """
+    taken = dispatch.choose(plan, like=like, device=device, backend=backend).candidate
+    return dispatch.cache.executable(plan, taken.backend, taken.device, strict=strict)
 
 
 def _call(arguments: Mapping[str, Any], settings: Settings, returns: tuple[str, ...], backend: str | None) -> Any:
@@ -248,55 +214,20 @@ def _call(arguments: Mapping[str, Any], settings: Settings, returns: tuple[str, 
     return call(arguments, settings, returns, backend)
 
 
-def call(arguments: Mapping[str, Any], settings: Settings, returns: tuple[str, ...], backend: str | None) -> Any:
-    """Plan, choose and run a call here and now; what was settled for an equal one is taken up again.
-
-    Args:
-        arguments: q, k, v, mask, quotas and kv_lengths, None where absent.
-    """
-    key = _key(arguments, settings, returns, backend)
-    prepared = dispatch.cache.call(key)
-    if prepared is None:
-        planned, notes = _planned(arguments, settings, returns)
-        prepared = dispatch.prepare(planned, notes, like=arguments["q"], backend=backend)
-        prepared.executable.check(arguments)
-        dispatch.cache.remember(key, prepared)
-        prepared.warn()
-        return prepared.executable.compute(arguments)
-    prepared.warn()
-    executable = prepared.executable
-    executable.check_operands(arguments)
-    return executable.compute(arguments)
+def restore(plan: Plan, backend: str, device: str) -> Executable:
+    """The executable that was pickled: the plan lowered again for a device of that address."""
+    return dispatch.restore(plan, backend, device)
 
 
-def _key(
-    arguments: Mapping[str, Any], settings: Settings, returns: tuple[str, ...], backend: str | None
-) -> tuple[Any, ...] | None:
-    """All that planning and choosing depend on; None where some of it cannot be compared."""
-    facts = tuple(array_facts(arguments[name]) for name in ("q", "k", "v"))
-    given = tuple(arguments[name] is not None for name in ("mask", "quotas", "kv_lengths"))
-    key = (facts, given, returns, dispatch.asked(backend), settings, tuple(map(type, settings)))
-    try:
-        hash(key)
-    except TypeError:
+def _torch_tracer() -> executables.Tracer | None:
+    torch = sys.modules["torch"]
+    if not torch.compiler.is_compiling():
         return None
-    return key
+    from rainfusion import compile as graph
+
+    tracer: executables.Tracer = graph.record
+    return tracer
 
 
-def _planned(
-    arguments: Mapping[str, Any], settings: Settings, returns: tuple[str, ...]
-) -> tuple[Plan, tuple[str, ...]]:
-    q, k, v = (arguments[name] for name in ("q", "k", "v"))
-    problem = AttentionProblem.from_tensors(
-        q, k, v if {"%out", "%lse"} & {*returns} else k, scale=settings.scale, tensor_layout=settings.tensor_layout
-    )
-    return plan_with_notes(
-        problem,
-        settings.layout(),
-        settings.chosen_policy(arguments),
-        omitted=settings.omitted,
-        order=settings.order,
-        returns=returns,
-        quotas=arguments["quotas"] is not None,
-        kv_lengths=arguments["kv_lengths"] is not None,
-    )
+executables.tracers.append(_torch_tracer)
+dispatch.cache.restore = restore  # so that what is unpickled knows of the tracer, too

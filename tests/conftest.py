@@ -21,6 +21,17 @@ settings.register_profile(
 )
 settings.load_profile("rainfusion")
 
+# What `make check` runs: the plan, its lowering, selection, and every argument of the public functions.
+QUICK = {"test_plan.py", "test_lowering.py", "test_select.py", "test_arguments.py", "test_choice.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `QUICK`."""
+    for item in items:
+        if item.path.name in QUICK:
+            item.add_marker(pytest.mark.quick)
+
+
 Attention = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 

@@ -23,11 +23,11 @@ class PolicyError(RainfusionError, ValueError):
 
 
 class MaskError(RainfusionError, ValueError):
-    """A block mask that is malformed, unsafe (indices out of range, empty rows) or of another problem."""
+    """A block mask that is malformed (indices out of range, another shape), on another device or of another problem."""
 
 
 class PlanFormatError(RainfusionError, ValueError):
-    """A serialised plan of another version, or one whose operations are not those its inputs imply."""
+    """A plan of another version, or operations that are unknown or do not fit the values they read."""
 
 
 class BackendError(RainfusionError, RuntimeError):
@@ -35,7 +35,7 @@ class BackendError(RainfusionError, RuntimeError):
 
 
 class UnknownBackendError(BackendError, LookupError):
-    """A backend name nobody registered."""
+    """A backend name that no plugin has announced."""
 
 
 class DuplicateBackendError(BackendError):
@@ -68,7 +68,7 @@ class RainfusionWarning(UserWarning):
 
 
 class SparsityWarning(RainfusionWarning):
-    """The requested sparsity cannot be realised; the message names the one that is."""
+    """A sparsity that cannot be realised, or one whose budget protection takes; the message says what helps."""
 
 
 class SpeedWarning(RainfusionWarning):

@@ -31,7 +31,6 @@ from rainfusion.core.plan import Plan
 from rainfusion.core.policies import Budget, Policy
 from rainfusion.core.problem import AttentionProblem
 
-
 _MOST_PAIRS, _MOST_BLOCKS = 2**38, 2**24
 
 

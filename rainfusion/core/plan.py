@@ -287,9 +287,7 @@ class Plan:
             return "density=data"
         text = f"density={self.density:.4f}"
         if self.free_blocks_a_row is not None and self.find(Select):
-            text += (
-                f"   {self.free_blocks_a_row:.4g} free blocks a row   protected={self.protected_share:.2f}"
-            )
+            text += f"   {self.free_blocks_a_row:.4g} free blocks a row   protected={self.protected_share:.2f}"
         return text
 
     def to_json(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rainfusion import dispatch
+from rainfusion import dispatch, functional
 from rainfusion.core.backend import Device
 from rainfusion.core.choice import Choice, Refusal
 from rainfusion.core.errors import NoBackendError
@@ -135,7 +135,7 @@ def compare(
     tensors = tuple(backend.from_host(x, device, sparse.problem.dtype) for x in (q, k, v))
 
     def lowered(planned: Plan) -> Callable[[], Any]:
-        run = dispatch.lower(planned, device=str(device), backend=backend.name)
+        run = functional.lower(planned, device=str(device), backend=backend.name)
         return lambda: run(*tensors)
 
     masked = plan(sparse.problem, layout, policy, returns=("%out", "%mask"))

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import pluggy
 
 from rainfusion.core.backend import BackendSpec
 from rainfusion.core.choice import Candidate
 from rainfusion.core.plan import Plan
-
-if TYPE_CHECKING:
-    from rainfusion.plugins.conformance.cases import Case
 
 hookspec = pluggy.HookspecMarker("rainfusion")
 
@@ -31,5 +27,5 @@ def rainfusion_choose_backend(plan: Plan, candidates: Sequence[Candidate]) -> Ca
 
 
 @hookspec
-def rainfusion_conformance_cases() -> Iterable[Case]:  # type: ignore[empty-body]
-    """More cases for the conformance kit, run for every backend under test."""
+def rainfusion_conformance_cases() -> Iterable[object]:  # type: ignore[empty-body]
+    """More `rainfusion.testing.Case` objects for the conformance kit, run for every backend under test."""

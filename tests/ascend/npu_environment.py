@@ -76,6 +76,6 @@ def pytest_arguments(*arguments: str) -> tuple[str, ...]:
 def kit_arguments(*arguments: str) -> tuple[str, ...]:
     """Of the conformance kit on the stand-in device."""
     return pytest_arguments(
-        *("-p", "stand_in_device", "--pyargs", "rainfusion.testing"),
+        *("-p", "stand_in_device", "-p", "rainfusion.testing.pytest_plugin", "--pyargs", "rainfusion.testing"),
         *("--rainfusion-backend", "torch_npu", *arguments),
     )

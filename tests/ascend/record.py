@@ -1,6 +1,6 @@
 """Record the conformance kit on the stand-in of each chip: contracts checked, no Ascend device involved.
 
-make .venv-npu/ready && python tests/ascend/record.py && rainfusion matrix
+make .venv-npu/ready && python tests/ascend/record.py && python -m hw_matrix build
 """
 
 from __future__ import annotations

@@ -71,11 +71,12 @@ def test_the_kit_passes_on_the_stand_in_device(chip: str, tests: str, cann: Path
     report = tmp_path / "report.json"
     arguments = npu.kit_arguments(f"--rainfusion-report={report}", "-k", tests)
     passed(npu.run(npu.PYTHON, *arguments, **npu.environ(cann, STAND_IN_SOC=npu.CHIPS[chip])))
-    (suite,) = json.loads(report.read_text(encoding="utf-8"))["suites"]
-    assert f"posing as {npu.CHIPS[chip]}: {chip}," in suite["device_name"]
-    assert {*suite["outcomes"]} == {"passed", "skipped"}
-    attended = {t["case"] for t in suite["tests"] if t["outcome"] == "passed" and t["test"].startswith("test_attend[")}
-    sixteen_bit = {t["case"] for t in suite["tests"] if t.get("case", "").endswith(("-f16", "-bf16"))}
+    seen = json.loads(report.read_text(encoding="utf-8"))
+    assert f"posing as {npu.CHIPS[chip]}: {chip}," in seen["target"]["device_name"]
+    assert {test["outcome"] for test in seen["tests"]} == {"passed", "skipped"}
+    cases = [(test["outcome"], test["observation"]) for test in seen["tests"] if "observation" in test]
+    attended = {case["case"] for outcome, case in cases if outcome == "passed" and case["level"] == "attend"}
+    sixteen_bit = {case["case"] for _, case in cases if case["dtype"] in ("float16", "bfloat16")}
     assert attended == sixteen_bit
     assert len(attended) > 100
 

@@ -41,6 +41,7 @@ from rainfusion.backends.openvino import (  # noqa: E402
     processes,
     runtime,
     schedule,
+    select_blocks,
     tensors,
 )
 from rainfusion.backends.openvino.backend import OpenVinoBackend  # noqa: E402
@@ -607,7 +608,7 @@ class TestSelection:
         np.testing.assert_allclose(run(values)["%score"], score.meaning(qb, kb, prior), atol=1e-6)
 
     def test_plans_of_all_shapes_share_one_graph(self, rng):
-        selection = mask_chain.selection_requests
+        selection = select_blocks.selection_requests
         selection.clear()
         for length in (256, 300, 640, 900):
             lowered(rainfusion.AttentionProblem(1, 2, length, length, 16))(*qkv(rng, 1, 2, length, 16))

@@ -26,14 +26,6 @@ def test_it_stays_small_enough_to_copy() -> None:
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in DEMO.rglob("*.py")) <= 80
 
 
-def test_the_documentation_shows_it_as_it_is() -> None:
-    page = (DEMO.parent.parent / "docs" / "writing_a_backend.md").read_text(encoding="utf-8")
-    sources = [path.read_text(encoding="utf-8") for path in DEMO.rglob("*.py")]
-    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
-    assert [block for block in blocks if not any(block in source for source in sources)] == []
-
-
 def test_it_is_found_by_its_entry_point(demo: Any) -> None:
     rows = demo.ask("import rainfusion\nanswer = [[r.backend, r.device, r.status] for r in rainfusion.devices()]")
     assert ["acme", "acme:0", "ready"] in rows

@@ -80,8 +80,8 @@ def test_what_is_kept_does_not_grow_with_the_number_of_shapes(rng):
     assert plans <= 128
     assert choices <= 128
     assert calls <= 256
-    assert len(executable.live) <= 128
-    assert len(lowering._shared) <= 3 * 128
+    assert len(executable.live) <= 256  # a call holds its executable
+    assert len(lowering._shared) <= 3 * 256
 
 
 def test_the_constants_of_one_layout_are_shared_by_its_plans(qkv):

@@ -3,13 +3,8 @@
 import numpy as np
 import pytest
 
-<<<<<<<< HEAD:tests/demo/test_kit_clip.py
 from rainfusion.demo.decode import locate
-from rainfusion.plugins.conformance.inputs import CLIP
-========
-from rainfusion.clip.decode import locate
 from rainfusion.testing.inputs import CLIP
->>>>>>>> kit:tests/testing/test_clip.py
 
 
 def brightness() -> np.ndarray:

@@ -19,7 +19,8 @@ straight to the caller's tokens.
 **Keys that take no part.** Some keys of a tile's last block may lie beyond the end: of the keys, or of the valid ones
 where samples have lengths. The producer tells the consumers which step that is and how many keys of it count. A tile
 that keeps nothing takes one step, of which no key counts, over a block beyond the end, which the copy engine reads as
-zeros: consumers expect a first step in every tile.
+zeros: consumers expect a first step in every tile. Hiding keys costs a branch a step, so it is compiled only where
+there may be some to hide; without, zeros alone make the output 0, and only the log-sum-exp looks at emptiness.
 
 **Where a walk begins (ours).** Programs drift apart, and before long they read all over a head's keys. Where the head
 outgrows the cache, each then fetches from memory what another fetched before. So lists are walked as rings: P programs
@@ -64,6 +65,7 @@ def attend_hopper(given: Attention, out: Tensor, lse: Tensor | None) -> None:
     q, k, v, means, lists = given.q, given.k, given.v, given.means, given.lists
     heads, dim = q.shape[1], q.shape[3]
     tiles = given.tiles.numel()
+    hides = given.kv_len % KEYS != 0 or given.lengths is not None or (given.may_keep_nothing and means is not None)
     programs = min(tiles, _properties(q.device).multi_processor_count)
     _attend[(programs,)](
         _tokens(q, given.q_len, ROWS // 2),
@@ -94,7 +96,8 @@ def attend_hopper(given: Attention, out: Tensor, lse: Tensor | None) -> None:
         given.scale * LOG2_E,
         DIM=dim,
         STAGES=STAGES,
-        HIDES=given.kv_len % KEYS != 0 or given.may_keep_nothing or given.lengths is not None,
+        HIDES=hides,
+        EMPTIES=given.may_keep_nothing or given.lengths is not None,
         LENGTHS_ON_QUERIES=given.lengths is not None and given.lengths_on_queries,
         num_warps=4,
         enable_fp_fusion=True,
@@ -152,7 +155,7 @@ class Ring(NamedTuple):
 
 class Tile(NamedTuple):
     """One query block of one head: its number, -1 after the last; how many steps its key blocks take; the step of
-    which some keys do not count, -1 where all do.
+    which some keys (of a tile that keeps nothing, all) do not count, -1 where all do.
     """
 
     number: gl.tensor
@@ -257,6 +260,7 @@ def _attend(
     DIM: gl.constexpr,
     STAGES: gl.constexpr,
     HIDES: gl.constexpr,
+    EMPTIES: gl.constexpr,
     LENGTHS_ON_QUERIES: gl.constexpr,
 ):
     number: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -287,7 +291,7 @@ def _attend(
         [
             (_consume, (outs, rings, sizes, 0, DIM, STAGES, HIDES, MEANS)),
             (_consume, (outs, rings, sizes, 1, DIM, STAGES, HIDES, MEANS)),
-            (_produce, (sources, rings, lists, sizes, STAGES, MEANS, HIDES, LENGTHS_ON_QUERIES)),
+            (_produce, (sources, rings, lists, sizes, STAGES, MEANS, HIDES, EMPTIES, LENGTHS_ON_QUERIES)),
         ],
         [4, 1],
         [240, 24],
@@ -298,12 +302,12 @@ def _attend(
 
 
 @gluon.jit
-def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.constexpr, HIDES, ON_QUERIES):
+def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.constexpr, HIDES, EMPTIES, ON_QUERIES):
     q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, bias_desc = sources
     q_ring, k_ring, v_ring, bias, _, mail = rings
     it = 0
     t = 0
-    taken, tile, count, begin, block = _take_tile(lists, sizes, HIDES, ON_QUERIES)
+    taken, tile, count, begin, block = _take_tile(lists, sizes, EMPTIES, ON_QUERIES)
     going = True
     while going:
         going = taken < sizes.tiles
@@ -318,14 +322,14 @@ def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.const
         _wait_free(q_ring, t, 2)
         mbarrier.expect(q_ring.full.index(t % 2), 2 * q_desc.block_type.nbytes)
         first_row = (tile % sizes.q_blocks) * 128
-        if HIDES and not MEANS:  # queries that attend to nothing are read as zeros too: NaN times 0 would be NaN
+        if EMPTIES and not MEANS:  # queries that attend to nothing are read as zeros too: NaN times 0 would be NaN
             first_row = gl.where(count > 0, first_row, sizes.q_blocks * 128)
         for half in gl.static_range(2):
             row = first_row + half * 64
             _fetch(q_desc, [b, h, row, 0], q_ring.full.index(t % 2), q_ring.data.index((t % 2) * 2 + half))
         if going:
             current, last, first, current_block = tile, kept - 1, begin, block
-            taken, tile, count, begin, block = _take_tile(lists, sizes, HIDES, ON_QUERIES)
+            taken, tile, count, begin, block = _take_tile(lists, sizes, EMPTIES, ON_QUERIES)
             for j in range(1, steps + 1):
                 at = first + gl.minimum(j, last)
                 following = gl.load(listed + gl.where(at > last, at - last - 1, at))
@@ -345,7 +349,7 @@ def _produce(sources, rings, lists, sizes, STAGES: gl.constexpr, MEANS: gl.const
 
 
 @gluon.jit
-def _take_tile(lists, sizes, HIDES: gl.constexpr, ON_QUERIES: gl.constexpr):
+def _take_tile(lists, sizes, EMPTIES: gl.constexpr, ON_QUERIES: gl.constexpr):
     """The next tile off the counter, how many blocks it keeps, where in their list its walk begins and that block.
 
     Beyond the last tile it is the last tile again, whose first block and queries are fetched and not used: the
@@ -361,7 +365,7 @@ def _take_tile(lists, sizes, HIDES: gl.constexpr, ON_QUERIES: gl.constexpr):
             count = gl.where(tile % sizes.q_blocks * 128 < end, count, 0)
     begin = count * (taken % sizes.phases) // sizes.phases
     block = gl.load(lists.indices + tile.to(gl.int64) * lists.index_stride + begin)
-    if HIDES:
+    if EMPTIES:
         block = gl.where(count > 0, block, sizes.kv_blocks)
     return taken, tile, count, begin, block
 
@@ -444,14 +448,14 @@ def _consume(outs, rings, sizes, HALF: gl.constexpr, DIM: gl.constexpr, STAGES: 
             it += 1
         mbarrier.arrive(q_ring.free.index(t % 2), count=1)
         t += 1
-        done, done_peak = tile.number, peak
+        done, done_peak = tile, peak
         tile = _hear(mail, t, hidden, HIDES)
         _wait_full(q_ring, t, 2)
         q = q_ring.data.index((t % 2) * 2 + HALF).reshape([64, DIM])
         sums, more = (acc, mass, none, x, fade), tile.number >= 0
         acc, mass, peak, x, fade = _step(sums, q, rings, it, 0, tile, more, sizes, DIM, STAGES, HIDES, False)
         it += 1
-        _write(acc, mass, done_peak, outs, done, sizes, HALF, DIM)
+        _write(acc, mass, done_peak, outs, done, sizes, HALF, DIM, HIDES)
 
 
 @gluon.jit
@@ -567,30 +571,33 @@ def _rescaled(acc, fade, DIM: gl.constexpr):
 
 
 @gluon.jit
-def _write(acc, mass, peak, outs, tile, sizes, HALF: gl.constexpr, DIM: gl.constexpr):
+def _write(acc, mass, peak, outs, tile, sizes, HALF: gl.constexpr, DIM: gl.constexpr, HIDES: gl.constexpr):
     """Output, and log-sum-exp where it is wanted, to the caller's tokens."""
     S_ROW: gl.constexpr = gl.SliceLayout(1, _accumulator(128))
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     out, lse, out_order, lengths, out_b, out_h, out_n = outs
-    bh = tile // sizes.q_blocks
-    first = (tile % sizes.q_blocks) * 128 + HALF * 64
+    bh = tile.number // sizes.q_blocks
+    first = (tile.number % sizes.q_blocks) * 128 + HALF * 64
     empty = mass == 0.0
     share = gl.convert_layout(gl.where(empty, 0.0, 1.0 / mass), gl.SliceLayout(1, _accumulator(DIM)))
     result = (acc * gl.expand_dims(share, 1)).to(out.dtype.element_ty)
-    result = gl.convert_layout(result, WIDE)
     position, token, there = _tokens_of_rows(out_order, first, sizes, gl.SliceLayout(1, WIDE))
+    head = out + (bh // sizes.heads).to(gl.int64) * out_b + (bh % sizes.heads).to(gl.int64) * out_h
+    column = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
+    at = gl.expand_dims(token.to(gl.int64) * out_n, 1) + gl.expand_dims(column, 0)
+    result = gl.convert_layout(result, WIDE)
     end = sizes.q_len
     if lengths is not None:  # queries beyond it attend to nothing
         end = _end(lengths, bh // sizes.heads, sizes.kv_len)
         result = gl.where(gl.expand_dims(position < end, 1), result, 0.0)
-    head = out + (bh // sizes.heads).to(gl.int64) * out_b + (bh % sizes.heads).to(gl.int64) * out_h
-    column = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
-    at = gl.expand_dims(token.to(gl.int64) * out_n, 1) + gl.expand_dims(column, 0)
     gl.store(head + at, result, mask=gl.expand_dims(there, 1))
     if lse is not None:
         position, token, there = _tokens_of_rows(out_order, first, sizes, S_ROW)
-        nothing = empty | (position >= end)
-        natural = gl.where(nothing, _NONE, (_finite(peak) + gl.log2(mass)) * _LN_2)
+        if not HIDES:
+            empty = empty | (tile.ragged >= 0)
+        if lengths is not None:
+            empty = empty | (position >= end)
+        natural = gl.where(empty, _NONE, (_finite(peak) + gl.log2(mass)) * _LN_2)
         gl.store(lse + bh.to(gl.int64) * sizes.q_len + token, natural, mask=there)
 
 

@@ -47,7 +47,10 @@ def results(case, chip, monkeypatch, dtype="float16", returns=("%out", "%lse", "
         if made.takes("%mask"):
             grid = (p.batch, p.heads, made.q_axis.blocks, made.kv_axis.blocks)
             mask = BlockMask(torch.ones(grid, dtype=torch.bool, device="npu:0"), p.q_len, p.kv_len, made.block)
-            given = {"mask": mask}
+            given["mask"] = mask
+        for name in ("quotas", "kv_lengths"):
+            if made.takes(f"%{name}"):
+                given[name] = torch.empty(made.types[f"%{name}"].shape, dtype=torch.int32, device="npu:0")
         returned = lower(made, OnFakeTensors(), NPU)(q, k, v, **given)
     return made, dict(zip(returns, returned if len(returns) > 1 else (returned,), strict=True))
 

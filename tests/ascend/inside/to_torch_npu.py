@@ -128,8 +128,8 @@ def test_summaries_in_parts_give_the_same(monkeypatch, calls):
     monkeypatch.setattr(lowering, "LARGEST_PART", 1)
     parts = target(monkeypatch).under(case, case.mask(), lse=True)
     assert [operator for operator, _ in calls] == [BLOCK_SPARSE, FUSION, BLOCK_SPARSE, *[FUSION] * 6]
-    np.testing.assert_allclose(parts.out, whole.out, atol=1e-6)
-    np.testing.assert_allclose(parts.lse, whole.lse, atol=1e-6)
+    np.testing.assert_allclose(parts["%out"], whole["%out"], atol=1e-6)
+    np.testing.assert_allclose(parts["%lse"], whole["%lse"], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_cases_are_right_on_the_block_mask_alone(monkeypatch, case):
 def check(on, case):
     mask = None if case.plan().is_dense else case.mask()
     got, right = on.under(case, mask, lse=True), expected(case, mask)
-    np.testing.assert_allclose(got.out, right.out, rtol=0, atol=right.out_limit)
-    np.testing.assert_allclose(got.lse, right.lse, rtol=0, atol=right.lse_limit)
+    np.testing.assert_allclose(got["%out"], right.out, rtol=0, atol=right.out_limit)
+    np.testing.assert_allclose(got["%lse"], right.lse, rtol=0, atol=right.lse_limit)
 
 
 def test_each_tensor_is_put_in_order_once(monkeypatch):
@@ -166,7 +166,8 @@ def test_each_tensor_is_put_in_order_once(monkeypatch):
     on.run(case, case.plan(returns=("%out", "%mask")))
     assert len(ordered) == 4  # q, k and v on the way in, the output on the way back
     ordered.clear()
-    on.run(case, case.plan(order="given", returns=("%out", "%mask")))
+    given_order = replace(case, order="given")
+    on.run(given_order, given_order.plan(returns=("%out", "%mask")))
     assert not ordered
 
 

@@ -205,13 +205,14 @@ static void attend_row(const Call *call, const float *q, const float *keys, cons
 static void key_states(const Call *call, int64_t head, int64_t row, char *state)
 {
     const Tensor *blocks = &call->block_mask, *tokens = &call->token_mask;
+    int64_t masked_head = tokens->size[1] == 1 ? head / call->heads : head; /* of all samples' heads, as head is */
     for (int64_t j = 0; j < call->keys; j++) {
         state[j] = READ;
         if (blocks->data) {
             int64_t block = (head * blocks->size[2] + row / call->block_rows) * blocks->size[3] + j / call->block_keys;
             if (!blocks->data[block]) state[j] = NOT_READ;
         }
-        if (tokens->data && tokens->data[(head * call->rows + row) * call->keys + j]) state[j] = MASKED;
+        if (tokens->data && tokens->data[(masked_head * call->rows + row) * call->keys + j]) state[j] = MASKED;
     }
 }
 
@@ -342,8 +343,9 @@ static int flash_attention(Tensor *q, Tensor *k, Tensor *v, Tensor *bias, Tensor
     REFUSE_IF(call->dim > 768, "head dim %ld", (long)call->dim);
     if (mask) {
         REFUSE_IF(mask->dtype != BOOL && mask->dtype != UINT8, "a mask that is neither bool nor uint8");
-        REFUSE_IF(!has_shape(mask, call->batch, call->heads, call->rows, call->keys) || !is_contiguous(mask),
-                  "shape of the mask (only BNSS is here)");
+        int64_t heads_of_mask = mask->size[1] == 1 ? 1 : call->heads;
+        REFUSE_IF(!has_shape(mask, call->batch, heads_of_mask, call->rows, call->keys) || !is_contiguous(mask),
+                  "shape of the mask (only BNSS and B1SS are here)");
         call->token_mask = *mask;
     }
     if (bias) {

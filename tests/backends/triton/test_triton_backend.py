@@ -150,7 +150,10 @@ def test_without_a_device_it_says_what_is_missing() -> None:
 
 
 # A few cases for every part; the whole kit takes minutes in the interpreter and is recorded in hw_matrix/results.
-CASES = "video-bf16 or text_at_the_start-f16 or summary_of_ragged_blocks-f32 or exact_ties-f32 or mass_with_floor-bf16"
+CASES = (
+    "video-bf16 or text_at_the_start-f16 or summary_of_ragged_blocks-f32 or exact_ties-f32 or mass_with_floor-bf16 "
+    "or lengths_and_summary-f32 or empty_rows-bf16 or two_sinks-f16"
+)
 CONTRACT = "test_contract and not every_claimed_shape and not beyond and not what_is_not_claimed"
 
 
@@ -165,8 +168,10 @@ def test_the_kit_passes() -> None:
         "no:cacheprovider",
         "-p",
         "no:benchmark",  # where it is installed, it warns of the workers that this test may run on
+        "-p",
+        "rainfusion.testing.pytest_plugin",
         "--pyargs",
-        "rainfusion.plugins.conformance",
+        "rainfusion.testing",
     ]
     command += ["--rainfusion-backend=triton", f"--rainfusion-device={DEVICE}", "-k", f"{CASES} or ({CONTRACT})"]
     done = subprocess.run(command, env={**os.environ, **here}, capture_output=True, text=True, check=False)
