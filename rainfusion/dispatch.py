@@ -87,7 +87,7 @@ class ExecutableCache:
     """Every executable that rainfusion keeps: by plan and device, and by the calls that led to it.
 
     Args:
-        limit: executables, and calls, that are kept.
+        limit: plans that are kept lowered, and calls that are known; an executable lives while either names it.
 
     Attributes:
         restore: what a pickled executable calls when it is read.
@@ -97,7 +97,7 @@ class ExecutableCache:
         self.restore: Callable[[Plan, str, str], Executable] = restore
         self._plans: LruDict[Executable] = LruDict(limit)
         self._choices: LruDict[Choice] = LruDict(limit)
-        self._calls: LruDict[Prepared] = LruDict(2 * limit)
+        self._calls: LruDict[Prepared] = LruDict(limit)
 
     def executable(self, plan: Plan, backend: Backend, device: Device, *, strict: bool = False) -> Executable:
         """The plan lowered for a device, lowered now if it is not there."""

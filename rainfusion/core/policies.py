@@ -86,9 +86,11 @@ class Policy(ABC):
 
     def __str__(self) -> str:
         values = [(f, getattr(self, f.name)) for f in fields(self)]
-        said = [f"{f.name}={_described(value)}" for i, (f, value) in enumerate(values) if i == 0 or value != f.default]
+        said = [f"{f.name}={_described(value)}" for f, value in values if f.name in _ALWAYS_SAID or value != f.default]
         return f"{self.name.rpartition('.')[2].lower()}({', '.join(said)})"
 
+
+_ALWAYS_SAID = ("sparsity", "mass")  # also where they are the default
 
 _POLICIES: dict[str, type[Policy]] = {}
 

@@ -58,12 +58,12 @@ def figure(path: str | PathLike[str], width: float, height: float) -> Iterator[A
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_SETTINGS):
-        made = Figure(figsize=(width, height))
-        FigureCanvasAgg(made)
-        yield made
+        sheet = Figure(figsize=(width, height))
+        FigureCanvasAgg(sheet)
+        yield sheet
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            made.savefig(path, dpi=150, format="png")
+            sheet.savefig(path, dpi=150, format="png")
         except OSError as error:
             raise PictureError(f"{path} cannot be written: {error.strerror or error}") from error
 
