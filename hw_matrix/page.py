@@ -36,10 +36,8 @@ def summary(matrix: Matrix, target: Target) -> str:
         cell = matrix.cell(target, dtype)
         groups.setdefault((cell.status, cell.remarks), []).append(short)
     ranked = sorted(groups.items(), key=lambda group: list(Status).index(group[0][0]))
-    parts = [
-        f"{status.symbol} {' '.join(dtypes)}" + (f" ({said})" if said else "") for (status, said), dtypes in ranked
-    ]
-    return " · ".join(parts)
+    said = [f"{status.symbol} {' '.join(dtypes)}{f' ({by})' * bool(by)}" for (status, by), dtypes in ranked]
+    return " · ".join(said)
 
 
 def _signs(matrix: Matrix) -> Iterator[str]:

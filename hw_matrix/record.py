@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -66,19 +67,17 @@ class _Session:
         status, look = self._kit("-k", "test_contract_claims")
         if status:
             raise MatrixError("the backend finds no such device, or its claims are invalid; see the output above")
-        found = list(misfits(look, self.target))
-        if found:
-            raise MatrixError(f"this is not {self.target.name}, nothing was written: {'; '.join(found)}")
-        unknown = untraceable(look)
-        if unknown:
+        if found := "; ".join(misfits(look, self.target)):
+            raise MatrixError(f"this is not {self.target.name}, nothing was written: {found}")
+        if unknown := untraceable(look):
             raise MatrixError(f"the record could not be traced, nothing was written: {unknown}")
 
     def _kit(self, *options: str) -> tuple[int, Report]:
         """Run the conformance kit, by the folder's test_kit.py where there is one; its exit status and report."""
         target, file, own = self.target, self.scratch / "report.json", self.folder.resolve() / "test_kit.py"
         file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider"]
-        command += ["-p", "rainfusion.testing.pytest_plugin"]
+        plugins = ("-p", "no:cacheprovider", "-p", "rainfusion.testing.pytest_plugin")
+        command = [sys.executable, "-m", "pytest", "--quiet", *plugins]
         command += [str(own)] if own.exists() else ["--pyargs", "rainfusion.testing"]
         command += [f"--rainfusion-backend={target.backend}", f"--rainfusion-device={self.device or target.device}"]
         command += [f"--rainfusion-report={file}", *options]
@@ -106,18 +105,13 @@ class _Session:
 
 def _as_if_installed(scratch: Path) -> list[str]:
     """Where rainfusion is not installed: a folder with its entry points, as an installer lays them down."""
-    try:
+    with suppress(PackageNotFoundError):
         distribution("rainfusion")
         return []
-    except PackageNotFoundError:
-        metadata = scratch / f"rainfusion-{__version__}.dist-info"
-    project = read_toml(_ROOT / "pyproject.toml")["project"]
+    metadata = scratch / f"rainfusion-{__version__}.dist-info"
     metadata.mkdir(exist_ok=True)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: rainfusion\nVersion: {__version__}\n")
-    lines = [
-        line
-        for group, entries in project["entry-points"].items()
-        for line in (f"[{group}]", *(f"{name} = {value}" for name, value in entries.items()))
-    ]
+    entries = read_toml(_ROOT / "pyproject.toml")["project"]["entry-points"]["rainfusion"]
+    lines = ["[rainfusion]", *(f"{name} = {value}" for name, value in entries.items())]
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
     return [str(scratch)]

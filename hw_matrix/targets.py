@@ -94,23 +94,19 @@ def read_targets(path: Path) -> tuple[dict[str, Chip], dict[str, Target]]:
     document = read_toml(path)
     _refuse_unknown(document, {"chips", "target"}, str(path))
     chips = {key: _chip(key, entry) for key, entry in document.get("chips", {}).items()}
-    targets: dict[str, Target] = {}
-    for entry in document.get("target", []):
-        target = _target(entry, chips)
-        if target.name in targets:
+    listed = [_target(entry, chips) for entry in document.get("target", [])]
+    targets = {target.name: target for target in listed}
+    for target in listed:
+        if targets[target.name] is not target:
             raise MatrixError(f"target {target.name} is listed twice")
-        targets[target.name] = target
-    for target in targets.values():
-        _check_stand_in(target, targets)
+        other = targets.get(target.stand_in)
+        if target.stand_in and (not other or other.backend != target.backend or other.chip.evidence == HARDWARE):
+            raise MatrixError(f"target {target.name}: stand_in {target.stand_in!r} is no stand-in for {target.backend}")
     return chips, targets
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file.
-
-    Raises:
-        MatrixError: it cannot be read.
-    """
+    """A TOML file; MatrixError where it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -145,12 +141,6 @@ def _target(entry: dict[str, Any], chips: Mapping[str, Chip]) -> Target:
         if (dtype in target.dtypes) == bool(target.why_not(dtype)):
             raise MatrixError(f"{what}: {dtype} must be either in dtypes or, with a reason, in unsupported")
     return target
-
-
-def _check_stand_in(target: Target, targets: Mapping[str, Target]) -> None:
-    other = targets.get(target.stand_in)
-    if target.stand_in and (not other or other.backend != target.backend or other.chip.evidence == HARDWARE):
-        raise MatrixError(f"target {target.name}: stand_in {target.stand_in!r} is no stand-in for {target.backend}")
 
 
 def _built(kind: type[T], what: str, entry: dict[str, Any]) -> T:

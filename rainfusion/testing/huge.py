@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from array_api_compat import array_namespace
 
-from rainfusion.core.layout import TokenLayout
 from rainfusion.core.policies import Fixed
-from rainfusion.core.problem import AttentionProblem
-from rainfusion.testing.cases import Case
+from rainfusion.testing.cases import Case, claimed_case
 from rainfusion.testing.level import Level, fail_if
 from rainfusion.testing.numbers import worst_error
 from rainfusion.testing.observation import Observation, verdict
@@ -48,11 +46,6 @@ class Heads:
     copies: int
 
     @property
-    def axis(self) -> int:
-        """The axis of heads in the tensors."""
-        return self.case.problem.tensor_layout.index("h")
-
-    @property
     def large(self) -> Case:
         """The case of all copies."""
         heads = self.copies * self.case.problem.heads
@@ -68,35 +61,31 @@ class Heads:
 def huge_heads(target: Target, layout: str, elements: int = ELEMENTS) -> Heads:
     """Copies of a small problem within the claims, until the tensors have more than `elements`."""
     claims = target.capabilities
-    dtype = next((name for name in ("bfloat16", "float16") if name in claims.dtypes), min(claims.dtypes))
-    dim = 128 if claims.head_dims is None else max(claims.head_dims)
-    block = (128, 128) if claims.blocks is None else max(claims.blocks)
-    length = 8 * max(block)
-    problem = AttentionProblem(1, _HEADS, length, length, dim, dtype, tensor_layout=layout)
-    return Heads(Case("huge", problem, TokenLayout(block=block)), elements // prod(problem.q_shape) + 1)
+    dim, block = max(claims.head_dims or [128]), max(claims.blocks or [(128, 128)])
+    case = claimed_case(claims, block=block, heads=_HEADS, head_dim=dim, tensor_layout=layout)
+    return Heads(case, elements // prod(case.problem.q_shape) + 1)
 
 
 def require_memory(target: Target, heads: Heads) -> None:
     """Fail where the device cannot hold the tensors: what was asked for is never skipped."""
-    problem = heads.large.problem
-    width = {"float64": 8, "float32": 4}.get(problem.dtype, 2)
-    needed = _TENSORS * prod(problem.q_shape) * width
+    problem, memory = heads.large.problem, target.device.memory
+    needed = _TENSORS * prod(problem.q_shape) * {"float64": 8, "float32": 4}.get(problem.dtype, 2)
     if target.device.type == "cpu":
         pytest.fail(f"{target} computes in host memory; --rainfusion-huge is for accelerators", pytrace=False)
-    if target.device.memory is not None and target.device.memory < needed:
-        had = f"{target} has {target.device.memory / 1e9:.0f} GB"
+    if memory is not None and memory < needed:
+        had = f"{target} has {memory / 1e9:.0f} GB"
         pytest.fail(f"{had}; --rainfusion-huge needs {needed / 1e9:.0f} GB", pytrace=False)
 
 
 def check_heads(target: Target, heads: Heads) -> None:
     """Hold the small problem against the oracle, and every copy of its heads in the large one against the small one."""
-    case = heads.case
+    case, axis = heads.case, heads.case.problem.tensor_layout.index("h")
     mask = target.selected(case)
     small = target.under(case, mask, lse=False)
     seen = with_output(with_choice(Observation("attention", case.name), case, mask.blocks), case, mask, small)
     fail_if(verdict(seen), case)
 
-    tensors = [array_namespace(x).concat([x] * heads.copies, axis=heads.axis) for x in target.tensors(case)]
+    tensors = [array_namespace(x).concat([x] * heads.copies, axis=axis) for x in target.tensors(case)]
     problems = []
     selected = target.lower(heads.large.plan(returns=("%mask",)))(*tensors)
     for i, blocks in enumerate(heads.split(target.backend.to_host(selected.blocks), axis=1)):
@@ -104,7 +93,7 @@ def check_heads(target: Target, heads: Heads) -> None:
             problems.append(f"copy {i} of the heads selects other blocks")
     repeated = heads.large.block_mask(np.tile(mask.blocks, (1, heads.copies, 1, 1)))
     out = target.lower(heads.large.plan(policy=Fixed()))(*tensors, mask=target.mask(repeated))
-    for i, part in enumerate(heads.split(out, heads.axis)):
+    for i, part in enumerate(heads.split(out, axis)):
         error = worst_error(target.results(case.plan(), part)["%out"], small["%out"])
         if error > 2 * seen.allowed:
             problems.append(f"copy {i} of the heads is off by {error:.3g} (at most {2 * seen.allowed:.3g})")
