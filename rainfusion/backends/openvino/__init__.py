@@ -14,5 +14,6 @@ def rainfusion_backends() -> list[BackendSpec]:
             requires=("openvino", "ml_dtypes"),
             install="pip install 'rainfusion[openvino]'",
             arrays=("numpy", "torch:cpu"),
+            revision=2,
         )
     ]

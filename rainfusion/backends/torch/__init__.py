@@ -14,5 +14,6 @@ def rainfusion_backends() -> list[BackendSpec]:
             requires=("torch",),
             install="pip install 'rainfusion[torch]'",
             arrays=("torch", "numpy"),
+            revision=2,
         )
     ]

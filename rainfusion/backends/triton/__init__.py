@@ -14,5 +14,6 @@ def rainfusion_backends() -> list[BackendSpec]:
             requires=("torch", "triton"),
             install="pip install 'rainfusion[triton]'",
             arrays=("torch:cuda",),
+            revision=2,
         )
     ]
