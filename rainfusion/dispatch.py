@@ -129,7 +129,8 @@ class ExecutableCache:
 
 
 cache = ExecutableCache()
-"""The cache of this process; `cache.clear()` lets go of executables, their constants and their graphs."""
+"""The cache of this process; `cache.clear()` lets go of executables and their constants. What CUDA graphs have
+captured stays with the backend, since a graph replays on it (`TritonBackend.captured`)."""
 
 
 def prepare(plan: Plan, notes: tuple[str, ...], *, like: Array, backend: str | None) -> Prepared:

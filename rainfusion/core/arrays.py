@@ -40,7 +40,10 @@ def array_facts(x: Any) -> tuple[Any, ...] | None:
     """What planning and choosing read off an array: its type, shape, dtype and device; None for None."""
     if x is None:
         return None
-    return type(x), getattr(x, "shape", None), getattr(x, "dtype", None), getattr(x, "device", None)
+    try:
+        return type(x), getattr(x, "shape", None), getattr(x, "dtype", None), getattr(x, "device", None)
+    except RuntimeError:  # a nested tensor has no shape
+        return type(x), None, None, None
 
 
 def to_numpy(x: Array) -> np.ndarray:

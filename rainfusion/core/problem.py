@@ -139,7 +139,10 @@ def dtype_name(x: Any) -> str:
 
 
 def _four_axes(name: str, x: Any, tensor_layout: str) -> tuple[int, int, int, int]:
-    shape = getattr(x, "shape", None)
+    try:
+        shape = getattr(x, "shape", None)
+    except RuntimeError as error:  # a nested tensor has none
+        raise ProblemError(f"{name} is a {type(x).__name__} without a shape ({error}); give a plain tensor") from None
     if shape is None or not hasattr(x, "dtype"):
         raise ProblemError(f"{name} is a {type(x).__name__}; give a NumPy array or a tensor with .shape and .dtype")
     if len(shape) != 4:

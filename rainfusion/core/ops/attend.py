@@ -20,7 +20,14 @@ from rainfusion.core.arrays import to_numpy
 from rainfusion.core.checks import as_int, as_number
 from rainfusion.core.errors import PlanFormatError
 from rainfusion.core.ops.base import Array, Op, ValueType, expect, operand, result
-from rainfusion.core.ops.means import compute_dtype, compute_name, expect_lengths, expect_order, valid_counts
+from rainfusion.core.ops.means import (
+    compute_dtype,
+    compute_name,
+    expect_lengths,
+    expect_order,
+    log_counts,
+    valid_counts,
+)
 
 Attended = tuple[Array, Array]
 _Keys = tuple[Array, Array, "Array | None"]  # keys, values, what is added to the logits
@@ -235,12 +242,10 @@ def attend_means(
     """The definition of `AttendMeans`; arguments as in `attend`."""
     xp = array_namespace(q, kb, vb)
     if lengths is None:
-        counts = np.full((1, kb.shape[2]), block[1])
-        counts[:, -1] = kv_len - (kb.shape[2] - 1) * block[1]
-        log_counts = xp.asarray(np.log(counts), dtype=kb.dtype, device=device_of(kb))
+        bias = log_counts(kv_len, block[1], kb, xp)[None, :]
     else:
-        log_counts = xp.log(xp.astype(valid_counts(lengths, kv_len, block[1], xp), kb.dtype))
-    row_of = _sparse_rows(kb, vb, None, ~mask, 1, xp, bias=log_counts)
+        bias = xp.log(xp.astype(valid_counts(lengths, kv_len, block[1], xp), kb.dtype))
+    row_of = _sparse_rows(kb, vb, None, ~mask, 1, xp, bias=bias)
     return _by_rows(q, order, row_of, block[0], scale, q_lengths, xp)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -127,6 +128,14 @@ def valid_counts(lengths: Array, length: int, block: int, xp: Any) -> Array:
     start = xp.arange(-(-length // block), device=device_of(lengths)) * block
     size = xp.clip(length - start, max=block)
     return xp.minimum(xp.clip(lengths[:, None] - start, min=0), size)
+
+
+def log_counts(length: int, block: int, like: Array, xp: Any) -> Array:
+    """The log of every block's tokens, ``[blocks]``, made where `like` is, without a copy from the host."""
+    blocks = -(-length // block)
+    last = math.log(length - (blocks - 1) * block)
+    counts = xp.full((blocks,), math.log(block), dtype=like.dtype, device=device_of(like))
+    return xp.where(xp.arange(blocks, device=device_of(like)) == blocks - 1, xp.full_like(counts, last), counts)
 
 
 def compute_dtype(x: Array, xp: Any) -> Any:

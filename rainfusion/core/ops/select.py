@@ -14,7 +14,7 @@ from rainfusion.core.checks import as_int, as_share, one_of
 from rainfusion.core.errors import PlanFormatError
 from rainfusion.core.layout import BlockedAxis
 from rainfusion.core.ops.base import Array, Op, ValueType, expect, operand, result
-from rainfusion.core.ops.means import expect_lengths, valid_counts
+from rainfusion.core.ops.means import expect_lengths, log_counts, valid_counts
 
 OVER = ("free", "all")
 
@@ -151,7 +151,7 @@ def _reaching(score: Array, mass: float, quotas: Array, lengths: Array | None, k
 def _log_tokens(score: Array, lengths: Array | None, kv: BlockedAxis, xp: Any) -> Array:
     """The log of every block's valid tokens, ``[blocks]``, or ``[B, 1, 1, blocks]`` under lengths."""
     if lengths is None:
-        return xp.asarray(kv.log_counts, dtype=score.dtype, device=device_of(score))
+        return log_counts(kv.length, kv.block, score, xp)
     counts = xp.astype(valid_counts(lengths, kv.length, kv.block, xp), score.dtype)
     return xp.log(counts)[:, None, None, :]
 
