@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from rainfusion.backends.host_arrays import check_tensors
 from rainfusion.backends.reference import ReferenceBackend
@@ -27,8 +26,8 @@ BACKENDS = [TorchBackend(), ReferenceBackend()]
 
 
 def lowered(backend, **how):
-    made = plan(AttentionProblem(1, 2, 70, 70, 8), TokenLayout((2, 5, 7), block=16, sink=None), TopK(0.5), **how)
-    return lower(made, backend, CPU)
+    planned = plan(AttentionProblem(1, 2, 70, 70, 8), TokenLayout((2, 5, 7), block=16, sink=None), TopK(0.5), **how)
+    return lower(planned, backend, CPU)
 
 
 def tensors():
@@ -139,11 +138,19 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def flop_counter():
+    from torch.utils.flop_counter import (
+        FlopCounterMode,
+    )  # imports triton, which other tests must do under its interpreter
+
+    return FlopCounterMode(display=False)
+
+
 MODES = {
     "inference": torch.inference_mode,
     "default device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "flop counter": lambda: FlopCounterMode(display=False),
+    "flop counter": flop_counter,
     "mode of a user's": Counting,
 }
 
