@@ -18,10 +18,12 @@ from rainfusion.core.backend import Backend, Device, Run, Segment
 from rainfusion.core.checks import shown
 from rainfusion.core.errors import MaskError, ProblemError
 from rainfusion.core.mask import BlockMask
+from rainfusion.core.ops import ValueType
 from rainfusion.core.plan import GIVEN, INPUTS, Plan, given_types
 
 Array = Any
 _ARGUMENTS = {name: name.removeprefix("%") for name in GIVEN}
+_LARGEST = np.iinfo(np.int32).max
 _MOST_ACCEPTED = 32  # kinds of arguments that an executable knows to fit
 
 
@@ -153,7 +155,7 @@ class Executable:
         if name == "%mask":
             return backend.to_native(given.blocks)
         if isinstance(given, np.ndarray | list | tuple | int) and name in ("%quotas", "%kv_lengths"):
-            array = np.asarray(given, dtype=np.int32)
+            array = np.clip(given, -1, _LARGEST).astype(np.int32)  # clamped, as on a device, and never wrapped around
             given = backend.from_host(array, self.device)
         native = backend.to_native(given)
         if name == "%quotas" and native.ndim == 1:
@@ -165,7 +167,7 @@ class Executable:
         if name == "%mask" and arguments.get("mask") is not None:
             return arguments["mask"]
         kind = plan.types[name]
-        if kind == given_types(plan)["%mask"]:
+        if kind == self._mask_type:
             if self._is_constant(name):  # the caller may write into what it gets, and the next call reads this
                 value = array_namespace(value).asarray(value, copy=True)
             return self._mask(self.backend.from_native(value, self._host_like(like), "bool"))
@@ -177,6 +179,10 @@ class Executable:
     def _mask(self, blocks: Array) -> BlockMask:
         problem = self.plan.problem
         return BlockMask._trusted(blocks, problem.q_len, problem.kv_len, self.plan.block, self.plan.layout)
+
+    @cached_property
+    def _mask_type(self) -> ValueType:
+        return given_types(self.plan)["%mask"]
 
     def _is_constant(self, name: str) -> bool:
         op = self.plan.maker(name)

@@ -352,8 +352,3 @@ def given_types(plan: Plan) -> dict[str, ValueType]:
         "%vb": ValueType(means, wide),
         "%score": ValueType(grid, wide),
     }
-
-
-def is_constant(op: Op) -> bool:
-    """Whether an operation's values are known at planning."""
-    return not op.reads

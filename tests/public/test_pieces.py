@@ -131,6 +131,15 @@ def test_lengths_may_live_where_the_tensors_do(qkv):
             attention(*tensors, **CLIP, kv_lengths=wrong, backend="torch")
 
 
+def test_numbers_beyond_32_bits_are_clamped_not_wrapped_around(qkv, backend):
+    plain = attention(*qkv, **CLIP, sparsity=0.4, backend=backend)
+    for lengths in ([10**10, 2**32 + 7], np.array([10**10, 2**32 + 7])):
+        out = attention(*qkv, **CLIP, sparsity=0.4, kv_lengths=lengths, backend=backend)
+        np.testing.assert_allclose(out, plain, atol=1e-5)
+    nothing = attention(*qkv, **CLIP, sparsity=0.4, kv_lengths=[-(2**40), -5], backend=backend)
+    assert (nothing == 0).all()
+
+
 def test_budgets_of_every_head_layer_and_step_lower_once(qkv, monkeypatch):
     lowered = []
     original = rainfusion.core.lowering.lower

@@ -34,15 +34,15 @@ def build_mask_chain(segment: Segment, plan: Plan, device: Device) -> Run:
         score = None if inner is not None else score
 
     def run(values: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        made: dict[str, np.ndarray] = {}
-        known = ChainMap(made, values)  # type: ignore[arg-type]  # of which only the first is written
+        results: dict[str, np.ndarray] = {}
+        known = ChainMap(results, values)  # type: ignore[arg-type]  # of which only the first is written
         for op, mean in means:
-            made[op.mean] = mean(known[op.x], None if op.lengths is None else known[op.lengths])
+            results[op.mean] = mean(known[op.x], None if op.lengths is None else known[op.lengths])
         if score is not None:
-            made[score.op.score] = score(known)
+            results[score.op.score] = score(known)
         if selection is not None:
-            made[selection.op.mask] = selection(known)
-        return made
+            results[selection.op.mask] = selection(known)
+        return results
 
     return run
 

@@ -48,9 +48,11 @@ def build(segment: Segment, plan: Plan, device: Device) -> Callable[[Values], Va
         if between:
             raise LoweringError(f"{', '.join(between)} would have to leave the kernel before the merge")
     wants_lse = names[1] is not None and segment.wants(names[1])
-    kind = _Dense if attend.mask is None else _Sparse
+    place = torch.device(str(device))
     with all_modes_off():
-        return kind(attend, stages.attend_means, names, plan, torch.device(str(device)), wants_lse=wants_lse)
+        if attend.mask is None:
+            return _Dense(attend, names, plan, place, wants_lse=wants_lse)
+        return _Sparse(attend, stages.attend_means, names, plan, place, wants_lse=wants_lse)
 
 
 KERNEL = Kernel(frozenset({Attend, AttendMeans, Merge}), build)
@@ -66,7 +68,6 @@ class _Attention:
     def __init__(
         self,
         attend: Attend,
-        means: AttendMeans | None,
         names: tuple[str, str | None],
         plan: Plan,
         device: torch.device,
@@ -74,7 +75,6 @@ class _Attention:
         wants_lse: bool,
     ) -> None:
         self._attend, self._names, self._wants_lse = attend, names, wants_lse
-        self._summarises = means is not None
         dtype = getattr(torch, plan.types[attend.q].dtype)
         self._compute_dtype = compute_dtype(dtype)
         wide = wants_lse or any(names[0] in op.reads for op in plan.ops)
@@ -130,7 +130,7 @@ class _Sparse(_Attention):
         *,
         wants_lse: bool,
     ) -> None:
-        super().__init__(attend, means, names, plan, device, wants_lse=wants_lse)
+        super().__init__(attend, names, plan, device, wants_lse=wants_lse)
         self._means = () if means is None else (means.kb, means.vb)
         needs_lse = wants_lse or means is not None
         is_fused = fused_serves(
