@@ -33,7 +33,7 @@ HEAD_DIM = 128
 def main() -> None:
     args = _arguments()
     if args.inside:
-        print("figures " + json.dumps(figures(args.backend, args.device, args.seconds)))
+        print("figures " + json.dumps(figures(args.backend, args.device, args.seconds, args.only)))
         return
     times: dict[str, dict[str, list[float]]] = {}
     for turn in range(args.rounds):
@@ -59,6 +59,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=sorted(VIDEOS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="to measure each figure for, in each round")
+    parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name has this in it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -66,7 +67,7 @@ def _arguments() -> argparse.Namespace:
 
 def _measured(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, str(args.base), str(args.head), "--inside", "--backend", args.backend]
-    command += ["--device", args.device, "--seconds", str(args.seconds)]
+    command += ["--device", args.device, "--seconds", str(args.seconds), "--only", args.only]
     paths = [str(folder.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -77,7 +78,7 @@ def _measured(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     return measured
 
 
-def figures(backend: str, device: str, seconds: float) -> dict[str, float]:
+def figures(backend: str, device: str, seconds: float, only: str = "") -> dict[str, float]:
     """Median milliseconds of every figure, with the revision that is on the path."""
     import torch
 
@@ -87,11 +88,13 @@ def figures(backend: str, device: str, seconds: float) -> dict[str, float]:
     torch.manual_seed(0)
     found = {}
     for heads, grid, dtype in VIDEOS[device]:
+        name = f"{heads} heads, {'x'.join(map(str, grid))}, {dtype}"
+        if only not in name:
+            continue
         shape = (1, heads, grid[0] * grid[1] * grid[2], HEAD_DIM)
         q, k, v = (torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for _ in range(3))
         layout, problem = rainfusion.TokenLayout(grid), rainfusion.AttentionProblem.from_tensors(q, k, v)
         where = {"backend": backend, "device": "cuda:0" if device == "cuda" else "cpu"}
-        name = f"{heads} heads, {'x'.join(map(str, grid))}, {dtype}"
 
         def call(q: Any = q, k: Any = k, v: Any = v, grid: Any = grid, **how: Any) -> Any:
             return rainfusion.attention(q, k, v, grid=grid, backend=backend, **how)
@@ -109,7 +112,8 @@ def figures(backend: str, device: str, seconds: float) -> dict[str, float]:
         for what, run in runs.items():
             found[f"{name}: {what}"] = _median(run, device, seconds)
         if device == "cuda":
-            found[f"{name}: host time of a call, 80 %"] = _host_time(runs["whole call, 80 %"])
+            for what in ("whole call, 80 %", "whole call, 80 %, summaries", "mask chain"):
+                found[f"{name}: host time, {what}"] = _host_time(runs[what])
     return found
 
 

@@ -38,9 +38,12 @@ def is_half(dtype: torch.dtype) -> bool:
 def fused_serves(dtype: torch.dtype, device: torch.device, *, needs_lse: bool, returns_lse: bool) -> bool:
     """Whether `fused` gives what is needed there, as exactly as it is needed.
 
-    In half precision its fast exponential puts the log-sum-exp off in the fifth digit: good enough as the weight of
-    a merge, not as a result.
+    On a CPU, in half precision, its fast exponential puts the log-sum-exp off in the fifth digit: good enough as the
+    weight of a merge, not as a result. On accelerators it computes float32 from two halves of every number, and the
+    halves of an infinity are NaN.
     """
+    if device.type != "cpu" and dtype == torch.float32:
+        return False
     if not needs_lse:
         return True
     return device.type == "cpu" and _FLASH_ON_CPU is not None and not (is_half(dtype) and returns_lse)
@@ -57,8 +60,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, 
         ``(out, lse)``: ``[B, H, rows, D]`` in the dtype of q; float32 or wider ``[B, H, rows]``, or None where it is
         not needed. None altogether where torch's kernel is not to be trusted with these numbers.
 
-    On accelerators the numbers are not looked at, for which the host would have to wait. One kernel of torch's there
-    (float32 on CUDA) gives NaN, not 0, for a row whose logits are all minus infinity because q or k are infinite.
+    On accelerators the numbers are not looked at, for which the host would have to wait.
     """
     bias = empty = None
     if hidden is not None:
