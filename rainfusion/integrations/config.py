@@ -1,0 +1,180 @@
+"""What users say about a model: how much to skip, where and when; one frozen object for every host, JSON both ways."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+from rainfusion.core.errors import PolicyError
+from rainfusion.core.layout import TokenLayout
+from rainfusion.core.parts import Sink
+from rainfusion.core.policies import TopK
+from rainfusion.core.windows import Sizes
+
+Share = float | tuple[float, ...]
+"""Of block pairs to skip: one for all heads, or one a head."""
+Shares = Share | Mapping[int, Share]
+"""The same, or by layer; layers that are not named are dense."""
+
+_CHOICES = {"omitted": ("drop", "summary"), "order": ("auto", "layer"), "on_grad": ("raise", "dense")}
+_COUNTS = {"num_steps": 1, "refresh_every": 1, "min_blocks": 0, "report_rows": 0}
+
+
+class ConfigError(PolicyError):
+    """A configuration that no model could follow."""
+
+
+@dataclass(frozen=True)
+class RainFusionConfig:
+    """How the self-attention of a model is made sparse.
+
+    Args:
+        sparsity: share of block pairs to skip, in [0, 1): one, one a head, or by layer ``{layer: share}``, where layers
+            that are not named are dense. 0 is dense.
+        sparsity_from_step: ``{step: sparsity}``: another sparsity from that denoising step on, counted from 0.
+        dense_steps: denoising steps that are dense at the start and at the end of a run. At the end needs the number
+            of steps: a pipeline that says it, or `num_steps`.
+        num_steps: denoising steps of a run, where the host does not say it.
+        dense_layers: layers that are always dense; negative numbers count from the last.
+        block, window, sink, omitted: as in `rainfusion.attention`; window and sink apply to grids of several frames,
+            unless the model's adapter says otherwise.
+        refresh_every: denoising steps that a block mask is used for; 1 selects anew at every step.
+        share_masks: one mask for all contexts of a step ("cond" and "uncond"), made by the first.
+        order: ``"auto"`` keeps tokens in window order through the whole model where the host knows how; ``"layer"``
+            orders them in every layer.
+        min_blocks: unprotected query blocks below which attention stays dense. None: 32, and dense also where the
+            backend estimates that skipping blocks does not pay; a number switches that estimate off.
+        backend: name of a rainfusion backend; default: the best for the device.
+        on_grad: ``"raise"`` where a gradient is wanted, which sparse attention does not have, or ``"dense"``.
+        report_rows: rows a report keeps, the newest.
+        timed: measure the time of every attention call, for the report.
+
+    Raises:
+        ConfigError: a value out of range; it says which, and what is allowed.
+        LayoutError: a block, window or sink that is none.
+    """
+
+    sparsity: Shares = 0.8
+    sparsity_from_step: Mapping[int, Shares] = field(default_factory=dict)
+    dense_steps: tuple[int, int] = (0, 0)
+    num_steps: int | None = None
+    dense_layers: tuple[int, ...] = ()
+    block: int | tuple[int, int] = 128
+    window: Sizes | None = None
+    sink: Sink = "first_frame"
+    omitted: str = "drop"
+    refresh_every: int = 1
+    share_masks: bool = False
+    order: str = "auto"
+    min_blocks: int | None = None
+    backend: str | None = None
+    on_grad: str = "raise"
+    report_rows: int = 65536
+    timed: bool = False
+
+    def __post_init__(self) -> None:
+        self._set("sparsity", _shares(self.sparsity, "sparsity"))
+        self._set("sparsity_from_step", _by_step(self.sparsity_from_step))
+        self._set("dense_steps", _pair(self.dense_steps))
+        self._set("dense_layers", _layers(self.dense_layers))
+        for name in ("block", "window", "sink"):
+            value = getattr(self, name)
+            self._set(name, tuple(value) if isinstance(value, list) else value)
+        TokenLayout((2, 64, 64), window=self.window, block=self.block, sink=self.sink)  # refuses what is none
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}")
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            if value is not None and not _is_count(value, least):
+                raise ConfigError(f"{name}={value!r} is not a whole number from {least} on")
+        for name in ("share_masks", "timed"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is neither True nor False")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RainFusionConfig.from_json, (self.to_json(),)
+
+    def to_json(self) -> str:
+        """The configuration as JSON: one object with the arguments by name."""
+        return json.dumps({name: _plain(getattr(self, name)) for name in (f.name for f in fields(self))})
+
+    @classmethod
+    def from_json(cls, text: str) -> RainFusionConfig:
+        """The configuration that `to_json` wrote, or one written by hand; arguments left out have their default.
+
+        Raises:
+            ConfigError: not a JSON object, or an argument that there is not.
+        """
+        try:
+            record = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"a configuration is a JSON object, and this is not JSON: {error}") from None
+        known = [f.name for f in fields(cls)]
+        if not isinstance(record, dict) or {*record} - {*known}:
+            unknown = ", ".join(sorted({*record} - {*known})) if isinstance(record, dict) else type(record).__name__
+            raise ConfigError(f"{unknown} is no argument of a configuration; choose from {', '.join(known)}")
+        return cls(**record)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [*value] if isinstance(value, tuple) else value
+
+
+def _shares(value: Any, name: str) -> Shares:
+    if isinstance(value, Mapping):
+        return MappingProxyType({_index(key, name): _share(item, f"{name}[{key}]") for key, item in value.items()})
+    return _share(value, name)
+
+
+def _share(value: Any, name: str) -> Share:
+    share = tuple(value) if isinstance(value, list | tuple) else value
+    try:
+        return TopK(share).sparsity
+    except PolicyError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _by_step(value: Any) -> Mapping[int, Shares]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"sparsity_from_step={value!r} is not a mapping; give {{10: 0.9}}, for example")
+    steps = {
+        _index(step, "sparsity_from_step"): _shares(item, f"sparsity_from_step[{step}]") for step, item in value.items()
+    }
+    return MappingProxyType(dict(sorted(steps.items())))
+
+
+def _index(key: Any, name: str) -> int:
+    number = int(key) if isinstance(key, str) and key.removeprefix("-").isdigit() else key
+    if not _is_count(number, 0):
+        raise ConfigError(f"{name} has the key {key!r}; keys are whole numbers from 0 on")
+    return int(number)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(pair) != 2 or not all(_is_count(item, 0) for item in pair):
+        raise ConfigError(f"dense_steps={value!r} is not (steps at the start, steps at the end)")
+    return pair  # type: ignore[return-value]
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    layers = tuple(value) if isinstance(value, list | tuple) else None
+    if layers is None or not all(isinstance(item, int) and not isinstance(item, bool) for item in layers):
+        raise ConfigError(f"dense_layers={value!r} is not a tuple of layer numbers")
+    return layers
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -1,0 +1,343 @@
+"""Apply rainfusion to a pipeline or a model, and take it away again."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from types import TracebackType
+from typing import Any
+
+import torch
+from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+from torch import nn
+
+from rainfusion.core.errors import RainfusionWarning
+from rainfusion.core.layout import TokenLayout
+from rainfusion.integrations.clock import Clock, Reading
+from rainfusion.integrations.config import ConfigError, RainFusionConfig
+from rainfusion.integrations.diffusers.adapter import Adapter, UnknownModelError, adapter_of, order_of, refusal
+from rainfusion.integrations.diffusers.attention import Layer
+from rainfusion.integrations.engine import REST, Engine, Parts, Rest, has_grid, settled
+from rainfusion.integrations.report import Log, Report
+
+_HOOK = "rainfusion"
+
+
+def apply_rainfusion(target: Any, config: RainFusionConfig | None = None, **settings: Any) -> Handle:
+    """Make the self-attention of a pipeline's transformers sparse.
+
+    Args:
+        target: a pipeline, whose transformers share one clock; or a model, or several.
+        config: how; or its arguments by name.
+
+    Returns:
+        A handle with `report()` and `remove()`; as a context manager it removes rainfusion at the end.
+
+    Raises:
+        UnknownModelError: no adapter describes a model, or its attention is left alone; it says why.
+        ConfigError: a configuration that does not fit, or rainfusion is applied already.
+    """
+    if config is not None and settings:
+        raise ConfigError("give a configuration, or its arguments by name, not both")
+    config = config or RainFusionConfig(**settings)
+    models, pipeline = models_of(target)
+    if any(_applied(model) for model in models.values()):
+        raise ConfigError("rainfusion is applied already; call remove() of its handle, or remove_rainfusion, first")
+    if config.dense_steps[1] and config.num_steps is None and getattr(pipeline, "scheduler", None) is None:
+        raise ConfigError(
+            f"dense_steps={config.dense_steps} needs the number of denoising steps; give the pipeline, or num_steps"
+        )
+    clock, log = Clock(), Log(config.report_rows)
+    applied = [
+        Applied(model, adapter, config, clock, log, name, pipeline)
+        for name, model, adapter in [(name, model, _known(model)) for name, model in models.items()]
+    ]
+    for one in applied:
+        one.bind()
+    return Handle(config, applied, log)
+
+
+def remove_rainfusion(target: Any) -> None:
+    """Take rainfusion away from a pipeline or a model, or from a deep copy of one.
+
+    Models without it stay as they are.
+    """
+    for model in models_of(target)[0].values():
+        for one in _applied(model):
+            one.release()
+
+
+def models_of(target: Any) -> tuple[dict[str, nn.Module], Any]:
+    """The models that are meant, by name, and their pipeline, if there is one.
+
+    Raises:
+        UnknownModelError: a pipeline without a model that an adapter describes, or no model at all.
+    """
+    if isinstance(target, nn.Module):
+        model = _unwrapped(target)
+        return {type(model).__name__: model}, None
+    components = getattr(target, "components", None)
+    if isinstance(components, Mapping):
+        found = {name: _unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
+        known = {name: model for name, model in found.items() if adapter_of(model)}
+        if known:
+            return known, target
+        denoisers = [model for name, model in found.items() if name.startswith(("transformer", "unet"))]
+        if denoisers:
+            raise refusal(denoisers[0])
+        raise UnknownModelError(f"{type(target).__name__} has no transformer; give the model itself")
+    if isinstance(target, Iterable) and not isinstance(target, str):
+        models = [_unwrapped(model) for model in target if isinstance(model, nn.Module)]
+        if models:
+            return {f"{type(model).__name__} {i}": model for i, model in enumerate(models)}, None
+    raise UnknownModelError(f"{type(target).__name__} is neither a pipeline nor a model; give one of them")
+
+
+class Handle:
+    """rainfusion on a pipeline, as `apply_rainfusion` returns it."""
+
+    def __init__(self, config: RainFusionConfig, applied: list[Applied], log: Log) -> None:
+        self.config, self._applied, self._log = config, applied, log
+
+    def report(self) -> Report:
+        """What happened so far; printed, it is a table. Waits for the device only if times were asked for."""
+        layers = {one.engine.name: one.engine.layers for one in self._applied}
+        return Report(self.config, layers, self._log.rows(), self._log.lost)
+
+    def remove(self) -> None:
+        """Give every module its own processor back. A second call does nothing."""
+        for one in self._applied:
+            one.release()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+class Applied:
+    """rainfusion on one model: its layers, and the hooks that tell the engine when a forward begins and ends."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        config: RainFusionConfig,
+        clock: Clock,
+        log: Log,
+        name: str,
+        pipeline: Any,
+    ) -> None:
+        modules = adapter.attention_modules(model)
+        self.model, self.adapter, self.pipeline = model, adapter, pipeline
+        self.engine = Engine(config, len(modules), clock, log, name)
+        self.layers = [Layer(module, i, adapter, self.engine) for i, module in enumerate(modules.values())]
+        self._contexts = _Contexts(self.engine)
+        self._holder = _holder_of(model, modules)
+        self._hooks: list[Any] = []
+        self._order: TokenLayout | None = None
+        self._said = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Applied:
+        twin = memo[id(self)] = object.__new__(Applied)
+        shared = {"adapter": self.adapter, "pipeline": None}
+        twin.__dict__.update(shared)
+        twin.__dict__.update({n: copy.deepcopy(v, memo) for n, v in vars(self).items() if n not in shared})
+        return twin
+
+    def bind(self) -> None:
+        """Lead the layers' attention to rainfusion."""
+        for layer in self.layers:
+            layer.bind()
+        # torch's own hooks: diffusers' are lost where accelerate takes its hooks off and puts them on again.
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.model.register_forward_hook(self._after, always_call=True),
+        ]
+        hoist = self.adapter.hoist
+        for name in (hoist.outputs or {}) if hoist and self.engine.config.order == "auto" else {}:
+            self._hooks.append(self.model.get_submodule(name).register_forward_hook(_Moved(self, name)))
+        # A list of blocks is never called itself: its registry hears of contexts and resets, and wraps no forward.
+        HookRegistry.check_if_exists_or_initialize(self._holder).register_hook(self._contexts, _HOOK)
+        self._forget_registries()
+
+    def release(self) -> None:
+        """Undo `bind`."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for layer in self.layers:
+            layer.release()
+        HookRegistry.check_if_exists_or_initialize(self._holder).remove_hook(_HOOK, recurse=False)
+        self._forget_registries()
+
+    def _forget_registries(self) -> None:
+        registry = HookRegistry.check_if_exists_or_initialize(self.model)
+        if hasattr(registry, "invalidate_child_registries_cache"):
+            registry.invalidate_child_registries_cache()
+
+    # -- a forward -----------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._look()
+        kind: Any = type(model)
+        bound = signature_of(kind).bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = bound.arguments
+        parts = self.adapter.parts(model, arguments)
+        self._order = None if isinstance(parts, str) else self._whole_order(parts)
+        order = "window" if self._order is None else "given"
+        reading = self._reading(arguments)
+        if isinstance(parts, str):
+            self.engine.begin(reading, None, why=parts)
+        else:
+            self.engine.begin(reading, parts, order=order)
+        hoist = self.adapter.hoist
+        if self._order is None or hoist is None or hoist.arguments is None:
+            return None
+        arguments.update(hoist.arguments(arguments, order_of(self._order, _device_of(arguments))))
+        return bound.args[1:], bound.kwargs
+
+    def _whole_order(self, parts: Parts) -> TokenLayout | None:
+        """The layout by which tokens are reordered once a forward; None where every layer does it."""
+        config = self.engine.config
+        if self.adapter.hoist is None or config.order != "auto" or REST in parts:
+            return None
+        whole = settled(parts, sum(part.count for part in parts if not isinstance(part, Rest)), config)
+        return TokenLayout(parts=whole, block=config.block, window=config.window if has_grid(whole) else None)
+
+    @torch.compiler.disable
+    def _after(self, model: nn.Module, args: Any, output: Any) -> Any:
+        self.engine.end(complete=output is not None)
+        hoist, order = self.adapter.hoist, self._order
+        self._order = None
+        if order is None or hoist is None or hoist.result is None or output is None:
+            return None
+        return hoist.result(output, order_of(order, _first_tensor(output).device))
+
+    def moved(self, name: str, output: Any) -> Any:
+        """The output of a module where tokens are reordered."""
+        if self._order is None or self.adapter.hoist is None or self.adapter.hoist.outputs is None:
+            return None
+        return self.adapter.hoist.outputs[name](output, order_of(self._order, _first_tensor(output).device))
+
+    def _look(self) -> None:
+        """Say once where something has replaced processors since: those layers are dense."""
+        lost = [layer.index for layer in self.layers if not layer.is_bound]
+        if lost and not self._said:
+            warnings.warn(
+                f"{len(lost)} of {len(self.layers)} layers of {self.engine.name} no longer call rainfusion and are "
+                "dense: something has replaced their processors or attention backend (set_attn_processor, "
+                "set_attention_backend, fuse_qkv_projections). Do that first, then apply rainfusion",
+                RainfusionWarning,
+                stacklevel=2,
+            )
+        self._said = bool(lost)
+
+    def _reading(self, arguments: Mapping[str, Any]) -> Reading:
+        """What the host says of this forward: the context, or else the scheduler, knows the step."""
+        context, config = self._contexts.manager._context, self.engine.config
+        name = None if context is None else context.name
+        step, steps = getattr(context, "step_index", None), getattr(context, "num_inference_steps", None)
+        if step is None:
+            step, steps = _by_scheduler(getattr(self.pipeline, "scheduler", None))
+        timestep = arguments.get("timestep")
+        level = (lambda: float(timestep.max())) if isinstance(timestep, torch.Tensor) else None
+        return Reading(name, step, config.num_steps or steps, level)
+
+
+class _State(BaseState):
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _Contexts(ModelHook):
+    """Hears from a pipeline which context a forward belongs to, and when a run is over."""
+
+    _is_stateful = True
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+        self.manager = StateManager(_State)
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.manager.reset()
+        self.engine.reset()
+        return module
+
+
+class _Moved:
+    """A forward hook on a module where tokens are reordered."""
+
+    def __init__(self, applied: Applied, name: str) -> None:
+        self._applied, self._name = applied, name
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self._applied.moved(self._name, output)
+
+
+def _by_scheduler(scheduler: Any) -> tuple[int | None, int | None]:
+    """The denoising step and the number of steps, as a scheduler counts them on the host."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or not hasattr(scheduler, "_step_index"):
+        return None, None
+    begin = scheduler.begin_index or 0
+    step = begin if scheduler.step_index is None else scheduler.step_index
+    return step - begin, len(timesteps) - begin
+
+
+def _known(model: nn.Module) -> Adapter:
+    adapter = adapter_of(model)
+    if adapter is None:
+        raise refusal(model)
+    return adapter
+
+
+def _applied(model: nn.Module) -> list[Applied]:
+    """What is applied to a model: found by its hook, so that a deep copy has its own."""
+    hooks = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
+    return [owner for owner in hooks if isinstance(owner, Applied)]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _holder_of(model: nn.Module, modules: Iterable[str]) -> nn.Module:
+    """The list of blocks that the first attention module is in."""
+    path = next(iter(modules)).split(".")
+    for end in range(len(path), 0, -1):
+        holder = model.get_submodule(".".join(path[:end]))
+        if isinstance(holder, nn.ModuleList):
+            return holder
+    raise UnknownModelError(f"{type(model).__name__} keeps no attention module in a ModuleList, which rainfusion needs")
+
+
+@lru_cache(maxsize=64)
+def signature_of(model: Any) -> inspect.Signature:
+    """The signature of a model class's forward."""
+    return inspect.signature(model.forward)
+
+
+def _first_tensor(value: Any) -> torch.Tensor:
+    items = value.values() if isinstance(value, Mapping) else value
+    tensor: torch.Tensor = value if isinstance(value, torch.Tensor) else next(item for item in items)
+    return tensor
+
+
+def _device_of(arguments: Mapping[str, Any]) -> torch.device:
+    return next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+
+
+__all__ = ["Applied", "Handle", "apply_rainfusion", "models_of", "remove_rainfusion"]

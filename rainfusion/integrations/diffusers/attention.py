@@ -1,0 +1,291 @@
+"""The way in: a name among diffusers' attention backends, and processors that lead a layer's attention to it.
+
+Every self-attention module gets a copy of its processor, of a subclass that says which layer calls. The call itself
+goes through diffusers' `dispatch_attention_fn` to the backend named ``rainfusion``, or, where a processor calls
+torch's `scaled_dot_product_attention` itself, through a mode that takes this call over. In a compiled graph the call
+is one operator: what the schedule says is read when the graph runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+from torch import Tensor
+
+from rainfusion.core.errors import ProblemError
+from rainfusion.integrations.diffusers.adapter import Adapter, key_lengths
+from rainfusion.integrations.engine import Engine
+
+_NAME = "rainfusion"
+_serials = itertools.count()
+_layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
+
+
+class _Here(threading.local):
+    """Which layer calls, on this thread."""
+
+    place: Tensor | None = None
+
+
+_here = _Here()
+
+
+class Layer:
+    """A self-attention module of a model, and the processor it had.
+
+    Args:
+        index: its place among the model's self-attention modules.
+
+    Attributes:
+        place: the layer's serial number as a tensor, so that one compiled graph serves all layers.
+        processor: the one that leads to rainfusion.
+    """
+
+    def __init__(self, module: Any, index: int, adapter: Adapter, engine: Engine) -> None:
+        self.module, self.index, self.adapter, self.engine = module, index, adapter, engine
+        self.inner: Any = module.processor
+        self._number()
+        self.processor = _leading_here(self)
+
+    def _number(self) -> None:
+        serial = next(_serials)
+        self.place = torch.tensor(serial)
+        _layers[serial] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        twin = memo[id(self)] = object.__new__(Layer)
+        twin.__dict__.update(
+            {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "place"}
+        )
+        twin._number()
+        return twin
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the module still calls rainfusion."""
+        if self.module.processor is not self.processor:
+            return False
+        return self.adapter.call == "sdpa" or self.processor._attention_backend is BACKEND
+
+    def bind(self) -> None:
+        """Let the module call rainfusion."""
+        self.module.processor = self.processor
+
+    def release(self) -> None:
+        """Give the module its own processor back, unless it has another one by now."""
+        if self.module.processor is self.processor:
+            self.module.processor = self.inner
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dense: Callable[[], Tensor], **call: Any
+    ) -> Tensor:
+        """The attention of this layer, ``[batch, tokens, heads, head_dim]``."""
+        why, lengths = self._misfit(q, k, mask, call["is_causal"]), None
+        if mask is not None and not why:
+            lengths = key_lengths(mask).expand(q.shape[0])
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            why = self._without_gradient()
+        out: Tensor = self.engine.attend(
+            self.index, q, k, v, dense, scale=call["scale"], kv_lengths=lengths, why_dense=why
+        )
+        return out
+
+    def _misfit(self, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> str:
+        """What speaks against sparse attention in this call; nothing where it fits."""
+        if is_causal:
+            return "causal"
+        if q.shape[1] != k.shape[1]:
+            return "q and k differ in length"
+        if mask is None:
+            return ""
+        if not isinstance(mask, Tensor):
+            return f"mask is a {type(mask).__name__}"
+        hides_keys_only = mask.dtype == torch.bool and (mask.ndim < 3 or mask.shape[-2] == 1)
+        return "" if self.adapter.pads and hides_keys_only else "mask"
+
+    def _without_gradient(self) -> str:
+        if self.engine.config.on_grad == "dense":
+            return "gradient"
+        raise ProblemError(
+            "a gradient is wanted, and sparse attention has none; run under torch.no_grad(), or configure "
+            "on_grad='dense'"
+        )
+
+
+# -- diffusers' dispatch -------------------------------------------------------------------------------
+
+
+def _member(value: str) -> AttentionBackendName:
+    """A new member of diffusers' enumeration of attention backends, which has no other way in."""
+    if value in AttentionBackendName._value2member_map_:
+        return AttentionBackendName(value)
+    member = str.__new__(AttentionBackendName, value)
+    member._name_, member._value_ = value.upper(), value
+    AttentionBackendName._member_map_[member._name_] = member
+    AttentionBackendName._member_names_.append(member._name_)
+    AttentionBackendName._value2member_map_[value] = member
+    return member
+
+
+BACKEND = _member(_NAME)
+
+
+@_AttentionBackendRegistry.register(BACKEND, supports_context_parallel=False)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> Tensor:
+    """The backend ``rainfusion``; q, k, v and the result are ``[batch, tokens, heads, head_dim]``."""
+    if _parallel_config is not None:
+        raise ProblemError("rainfusion does not split a sequence over devices yet; call enable_parallelism without it")
+    place = _here.place
+    if place is None:
+        raise ProblemError(
+            f"the attention backend {_NAME!r} needs to know the layer that calls; use apply_rainfusion(pipe) instead "
+            "of setting it by name"
+        )
+    attend = _operator if torch.compiler.is_compiling() else _attend
+    out: Tensor = attend(query, key, value, attn_mask, place, is_causal, scale, enable_gqa)
+    return out
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    place: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    layer = _layers[int(place)]
+    call = {"is_causal": is_causal, "scale": scale}
+
+    def dense() -> Tensor:
+        backend = None if layer.adapter.call == "sdpa" else layer.inner._attention_backend
+        out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, enable_gqa=enable_gqa, backend=backend, **call)
+        return out
+
+    return layer.attend(q, k, v, mask, dense, **call)
+
+
+# -- torch's own function ------------------------------------------------------------------------------
+
+
+class _TakeOver(torch.overrides.TorchFunctionMode):
+    """Takes over `scaled_dot_product_attention`; q, k and v there are ``[batch, heads, tokens, head_dim]``."""
+
+    def __init__(self, place: Tensor) -> None:
+        super().__init__()
+        self._place = place
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return _take_over(self._place, *args, **kwargs)
+
+
+def _take_over(
+    place: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    attend = _operator if torch.compiler.is_compiling() else _attend
+    return attend(q, k, v, attn_mask, place, is_causal, scale, enable_gqa).transpose(1, 2)
+
+
+# -- compiled graphs -----------------------------------------------------------------------------------
+
+# What the schedule decides must not be frozen into a CUDA graph.
+_TAGS = [tag] if (tag := getattr(torch._C.Tag, "cudagraph_unsafe", None)) is not None else []
+
+
+@torch.library.custom_op("rainfusion::layer", mutates_args=(), tags=_TAGS)
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    place: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """`_attend` as one operator of a graph; the result is contiguous, as its fake says."""
+    return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa).contiguous()
+
+
+@_operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+# -- processors ----------------------------------------------------------------------------------------
+
+
+def _leading_here(layer: Layer) -> Any:
+    """A copy of the layer's processor that leads its attention to rainfusion."""
+    own = layer.adapter.processor
+    processor = copy.copy(layer.inner)
+    inner: Any = type(layer.inner)
+    processor.__class__ = _subclass(inner, layer.adapter.call, own)
+    processor.layer = layer
+    if layer.adapter.call == "dispatch":
+        processor._attention_backend = BACKEND
+    return processor
+
+
+@lru_cache(maxsize=64)
+def _subclass(inner: Any, call: str, own: Any) -> Any:
+    """A subclass of a processor's class that says which layer calls.
+
+    Args:
+        own: a class whose `__call__` runs instead of the processor's.
+    """
+    run = (own or inner).__call__
+
+    # The signature is that of the processor: `Attention.forward` drops what a processor does not name.
+    @functools.wraps(inner.__call__)
+    def dispatching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _here.place = self.layer.place
+        result = run(self, *args, **kwargs)
+        _here.place = None
+        return result
+
+    @functools.wraps(inner.__call__)
+    def taking_over(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _TakeOver(self.layer.place):
+            return run(self, *args, **kwargs)
+
+    body = {"__call__": dispatching if call == "dispatch" else taking_over, "__module__": inner.__module__}
+    return type(inner)(f"RainFusion{inner.__name__}", (inner,), body)

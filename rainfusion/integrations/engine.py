@@ -1,0 +1,330 @@
+"""The engine: sparse attention for the layers of one model, whatever hosts it.
+
+A host tells it when a forward begins (`Engine.begin`) and ends (`Engine.end`), and hands it the attention of every
+layer (`Engine.attend`) with a function that is the host's own dense attention.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import rainfusion
+from rainfusion.core.arrays import array_facts
+from rainfusion.core.errors import LayoutError
+from rainfusion.core.layout import TokenLayout
+from rainfusion.core.mask import BlockMask, PackedMask
+from rainfusion.core.parts import Grid, Part, Text
+from rainfusion.core.policies import TopK
+from rainfusion.core.problem import AttentionProblem
+from rainfusion.dispatch import LruDict
+from rainfusion.integrations.clock import Clock, Moment, Reading
+from rainfusion.integrations.config import RainFusionConfig, Share
+from rainfusion.integrations.report import DENSE, REUSED, SKIPPED, SPARSE, Log, Row
+from rainfusion.integrations.schedule import Schedule
+
+Array = Any
+
+
+class Rest:
+    """The text that takes what the other parts leave of a sequence."""
+
+    def __repr__(self) -> str:
+        return "REST"
+
+
+REST: Final = Rest()
+Parts = tuple[Part | Rest, ...]
+
+FEWEST_BLOCKS = 32
+
+
+class Forward(NamedTuple):
+    """A forward that is under way.
+
+    Attributes:
+        moment: when it takes place.
+        parts: of the sequence that attention sees, in its order; None where sparse attention does not fit this
+            forward, and `why` says why.
+        order: ``"given"`` where the host has brought the tokens into block order, else ``"window"``.
+    """
+
+    moment: Moment
+    parts: Parts | None
+    order: str
+    why: str
+    called: set[int]
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What planning says of a call: why it stays dense, or its density."""
+
+    why_dense: str
+    density: float | None
+
+
+class Kept(NamedTuple):
+    """A mask that was made, and where it fits."""
+
+    step: int
+    mask: PackedMask
+    fits: tuple[Any, ...]
+
+
+class Engine:
+    """Sparse attention for the layers of one model.
+
+    Args:
+        layers: how many self-attention layers the model has.
+        clock: of the pipeline; models of one pipeline share it.
+        log: where rows for the report go; models of one pipeline share it.
+        name: of the model, for the report.
+
+    Raises:
+        ConfigError: a configuration that does not fit the model.
+    """
+
+    def __init__(self, config: RainFusionConfig, layers: int, clock: Clock, log: Log, name: str) -> None:
+        self.config, self.layers, self.name = config, layers, name
+        self.clock, self.log = clock, log
+        self.schedule = Schedule(config, layers)
+        self._forward: Forward | None = None
+        self._masks: dict[tuple[str, int], Kept] = {}
+        self._run = -1
+        self._assessed: LruDict[Assessment] = LruDict(256)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        copy = Engine(self.config, self.layers, Clock(), Log(self.config.report_rows), self.name)
+        memo[id(self)] = copy
+        return copy
+
+    # -- what a host calls ---------------------------------------------------------------------------
+
+    def begin(self, reading: Reading, parts: Parts | None, *, order: str = "window", why: str = "") -> None:
+        """A forward begins. Arguments as in `Forward`."""
+        moment = self.clock.tick(reading, needs_step=self.schedule.needs_step)
+        if moment.run != self._run:
+            self._masks.clear()
+            self._run = moment.run
+        self._forward = Forward(moment, parts, order, why, set())
+
+    def end(self, *, complete: bool = True) -> None:
+        """The forward is over; layers that were not called are noted, unless it ended early."""
+        forward, self._forward = self._forward, None
+        if forward is not None and complete:
+            for layer in range(self.layers):
+                if layer not in forward.called:
+                    self._note(forward.moment, layer, SKIPPED, "not called")
+
+    def reset(self) -> None:
+        """The run is over: masks are let go of."""
+        self._masks.clear()
+        self.clock.reset()
+
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        dense: Callable[[], Array],
+        *,
+        scale: float | None = None,
+        kv_lengths: Array = None,
+        why_dense: str = "",
+    ) -> Array:
+        """The attention of a layer, sparse or dense as the schedule says.
+
+        Args:
+            q, k, v: ``[batch, tokens, heads, head_dim]``.
+            dense: the host's own attention for this call.
+            kv_lengths: as in `rainfusion.attention`.
+            why_dense: what speaks against sparse attention in this call, as the host knows it.
+
+        Raises:
+            LayoutError: no forward is under way, or the sequence is shorter than its parts.
+        """
+        forward = self._forward
+        if forward is None:
+            raise LayoutError(
+                f"layer {layer} of {self.name} was called outside of a forward of its model; call the model itself"
+            )
+        forward.called.add(layer)
+        stop = self._stopwatch(q)
+        share: Share | None = None
+        why = why_dense or forward.why
+        if not why:
+            decision = self.schedule.decide(forward.moment.step, forward.moment.steps, layer)
+            share, why = decision.share, decision.why
+        if share is not None and forward.parts is not None:
+            parts = settled(forward.parts, q.shape[1], self.config)
+            assessed = self._assess(q, k, v, parts, share, scale, forward.order)
+            if not (why := assessed.why_dense):
+                return self._sparse(
+                    layer, q, k, v, forward, parts, share, assessed.density, stop, scale=scale, kv_lengths=kv_lengths
+                )
+        out = dense()
+        self._note(forward.moment, layer, DENSE, why, 1.0, stop())
+        return out
+
+    # -- a sparse call -------------------------------------------------------------------------------
+
+    def _sparse(
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        forward: Forward,
+        parts: tuple[Part, ...],
+        share: Share,
+        density: float | None,
+        stop: Callable[[], Callable[[], float] | None],
+        **operands: Any,
+    ) -> Array:
+        config, moment = self.config, forward.moment
+        settings = {
+            "parts": parts,
+            "block": config.block,
+            "window": config.window if any(isinstance(part, Grid) for part in parts) else None,
+            "omitted": config.omitted,
+            "order": forward.order,
+            "tensor_layout": "bshd",
+            "backend": config.backend,
+            **operands,
+        }
+        if config.refresh_every == 1 and not config.share_masks:
+            out = rainfusion.attention(q, k, v, sparsity=share, **settings)
+            self._note(moment, layer, SPARSE, "", density, stop())
+            return out
+        place, fits = self._place(moment, layer), (parts, share, tuple(q.shape), tuple(k.shape), str(q.device))
+        mask = self._kept_mask(place, moment, fits)
+        if mask is not None:
+            out = rainfusion.attention(q, k, v, mask=mask, **settings)
+            self._note(moment, layer, REUSED, "", density, stop())
+            return out
+        out, made = rainfusion.attention(q, k, v, sparsity=share, return_mask=True, **settings)
+        self._masks[place] = Kept(moment.step, made.packed(), fits)
+        self._note(moment, layer, SPARSE, "", density, stop())
+        return out
+
+    def _place(self, moment: Moment, layer: int) -> tuple[str, int]:
+        return ("" if self.config.share_masks else moment.context, layer)
+
+    def _kept_mask(self, place: tuple[str, int], moment: Moment, fits: tuple[Any, ...]) -> BlockMask | None:
+        """The mask that an earlier call made, where it fits this one and is young enough."""
+        kept = self._masks.get(place)
+        if kept is None or kept.fits != fits or moment.step - kept.step >= self.config.refresh_every:
+            return None
+        if not self.config.share_masks and moment.step == kept.step:
+            return None  # another forward of the same step, which the host did not tell apart
+        return kept.mask.unpacked()
+
+    # -- what planning says --------------------------------------------------------------------------
+
+    def _assess(
+        self, q: Array, k: Array, v: Array, parts: tuple[Part, ...], share: Share, scale: float | None, order: str
+    ) -> Assessment:
+        """Whether a call is worth making sparse, and its density; settled once for calls that are alike."""
+        key = (array_facts(q), array_facts(k), array_facts(v), parts, share, scale, order)
+        found = self._assessed.find(key)
+        return found or self._assessed.keep(key, self._assessment(q, k, v, parts, share, scale, order))
+
+    def _assessment(
+        self, q: Array, k: Array, v: Array, parts: tuple[Part, ...], share: Share, scale: float | None, order: str
+    ) -> Assessment:
+        config = self.config
+        layout = TokenLayout(parts=parts, block=config.block, window=config.window if has_grid(parts) else None)
+        problem = AttentionProblem.from_tensors(q, k, v, scale=scale, tensor_layout="bshd")
+        plan = rainfusion.plan(problem, layout, TopK(share), omitted=config.omitted, order=order)
+        fewest = FEWEST_BLOCKS if config.min_blocks is None else config.min_blocks
+        if plan.q_axis.free_blocks < fewest:
+            return Assessment(f"small: {plan.q_axis.free_blocks} free blocks, under {fewest}", None)
+        if config.min_blocks is None:
+            candidate = rainfusion.choose(plan, like=q, backend=config.backend).candidate
+            if candidate.speedup is not None and candidate.speedup < 1:
+                return Assessment(f"small: {candidate} estimates {candidate.speedup:.2f} times dense", None)
+        return Assessment("", plan.density)
+
+    # -- the report ----------------------------------------------------------------------------------
+
+    def _note(
+        self,
+        moment: Moment,
+        layer: int,
+        kind: str,
+        why: str,
+        density: float | None = None,
+        read_ms: Callable[[], float] | None = None,
+    ) -> None:
+        self.log.add(Row(self.name, moment.run, moment.step, moment.context, layer, kind, why, density), read_ms)
+
+    def _stopwatch(self, like: Array) -> Callable[[], Callable[[], float] | None]:
+        return stopwatch(like) if self.config.timed else _no_time
+
+
+def has_grid(parts: tuple[Part, ...]) -> bool:
+    """Whether there is a grid among them."""
+    return any(isinstance(part, Grid) for part in parts)
+
+
+@lru_cache(maxsize=256)
+def settled(parts: Parts, length: int, config: RainFusionConfig) -> tuple[Part, ...]:
+    """The parts of a sequence of that length: `REST` has its tokens, and grids of several frames have their sink.
+
+    Raises:
+        LayoutError: the sequence is shorter than the parts, or longer and none of them is `REST`.
+    """
+    given = sum(part.count for part in parts if not isinstance(part, Rest))
+    left = length - given
+    if left < 0 or (left and REST not in parts):
+        raise LayoutError(
+            f"a sequence of {length} tokens does not hold the parts {', '.join(map(str, parts))} of {given}; the "
+            "adapter of this model describes another sequence"
+        )
+    return tuple(_settled(part, left, config) for part in parts)
+
+
+def _settled(part: Part | Rest, left: int, config: RainFusionConfig) -> Part:
+    if isinstance(part, Rest):
+        return Text(left)
+    return replace(part, sink=config.sink) if isinstance(part, Grid) and part.sink == "first_frame" else part
+
+
+def _no_time() -> None:
+    return None
+
+
+def stopwatch(like: Array) -> Callable[[], Callable[[], float]]:
+    """Starts to measure; the function it returns stops, and what that returns gives the milliseconds.
+
+    On a CUDA device by events on its stream, which cost no wait until the time is read.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or getattr(getattr(like, "device", None), "type", "cpu") != "cuda":
+        start = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            ms = 1e3 * (time.perf_counter() - start)
+            return lambda: ms
+
+        return stop
+    begun = torch.cuda.Event(enable_timing=True)
+    begun.record()
+
+    def stop_event() -> Callable[[], float]:
+        ended = torch.cuda.Event(enable_timing=True)
+        ended.record()
+
+        def read() -> float:
+            ended.synchronize()
+            return float(begun.elapsed_time(ended))
+
+        return read
+
+    return stop_event

@@ -1,0 +1,52 @@
+"""The picture of a report: density by denoising step and layer."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rainfusion.demo import style
+
+if TYPE_CHECKING:
+    from rainfusion.integrations.report import Report
+
+_MOST_PANELS = 8
+_UNKNOWN = 0.5  # a density that only the data knows
+
+
+def draw(report: Report, path: str | PathLike[str]) -> None:
+    """Write the heat map of a report: a panel for every model and context of its last run."""
+    panels = _panels(report)
+    with style.figure(path, 4.4 * max(len(panels), 1), 3.6) as figure:
+        axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+        image = None
+        for ax, (name, grid) in zip(axes, panels.items(), strict=False):
+            image = ax.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
+            ax.set_title(name)
+            ax.set_xlabel("denoising step")
+            ax.set_ylabel("layer")
+        if image is None:
+            axes[0].set_title("no forward yet")
+            axes[0].axis("off")
+            return
+        figure.colorbar(image, ax=axes.tolist(), label="block pairs attended (white: not called)")
+
+
+def _panels(report: Report) -> dict[str, Any]:
+    """``[layers, steps]`` a model and context; NaN where a layer was not called."""
+    last = max((row.run for row in report.rows), default=0)
+    panels: dict[str, Any] = {}
+    steps = 1 + max((row.step for row in report.rows if row.run == last), default=0)
+    for row in report.rows:
+        if row.run != last:
+            continue
+        name = f"{row.model} {row.context}".strip()
+        if name not in panels:
+            if len(panels) == _MOST_PANELS:
+                continue
+            panels[name] = np.full((report.layers[row.model], steps), np.nan)
+        if row.kind != "skipped":
+            panels[name][row.layer, row.step] = _UNKNOWN if row.density is None else row.density
+    return panels
