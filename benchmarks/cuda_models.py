@@ -27,6 +27,7 @@ import torch
 
 from rainfusion.core.errors import RainfusionWarning
 from rainfusion.integrations.diffusers import RainFusionConfig, apply_rainfusion
+from rainfusion.testing.environment import environment
 
 DENSE = ("_native_cudnn", "_native_flash")  # diffusers' names
 SPARSE = (0.8, 0.9)
@@ -39,7 +40,7 @@ def main() -> None:
     torch.manual_seed(0)
     where = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     print(f"{where}, torch {torch.__version__}, diffusers {diffusers.__version__}, random weights")
-    record: dict[str, Any] = {"where": where, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    record: dict[str, Any] = {"where": where, "diffusers": diffusers.__version__, "environment": environment()}
     for name in args.models:
         record[name] = measured(name, args)
         if args.json:
