@@ -381,7 +381,9 @@ def test_memory_that_does_not_do_is_a_failure(kit: Kit) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "ok"), [({}, True), ({Attend: wrong_scale}, False), ({Select: one_too_many}, False)], ids=str
+    ("changes", "ok"),
+    [({}, True), ({Attend: wrong_scale}, False), ({Select: one_too_many}, False)],
+    ids=["right", "wrong scale", "one too many"],
 )
 def test_parity_tells_agreement_from_difference(kit: Kit, changes: Any, ok: bool) -> None:
     kit.announce(changes)
