@@ -212,7 +212,7 @@ class Applied:
         config = self.engine.config
         if self.adapter.hoist is None or config.order != "auto" or REST in parts:
             return None
-        whole = settled(parts, sum(part.count for part in parts if not isinstance(part, Rest)), config)
+        whole = settled(parts, sum(part.count for part in parts if not isinstance(part, Rest)), config.sink)
         return TokenLayout(parts=whole, block=config.block, window=config.window if has_grid(whole) else None)
 
     @torch.compiler.disable
