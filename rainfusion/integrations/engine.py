@@ -165,12 +165,15 @@ class Engine:
             q, k, v: ``[batch, tokens, heads, head_dim]``.
             dense: the host's own attention for this call.
             kv_lengths: as in `rainfusion.attention`.
-            why_dense: what speaks against sparse attention in this call, as the host knows it.
+            why_dense: what speaks against sparse attention in this call, as the host knows it. Such a call may come
+                outside of a forward, as gradient checkpointing does, and is not noted then.
 
         Raises:
             LayoutError: no forward is under way, or the sequence is shorter than its parts.
         """
         forward = self._forward
+        if forward is None and why_dense:
+            return dense()
         if forward is None:
             raise LayoutError(
                 f"layer {layer} of {self.name} was called outside of a forward of its model; call the model itself"

@@ -59,7 +59,9 @@ def test_equal_configurations_have_one_hash(by_layer):
 
 
 def test_json_written_by_hand():
-    config = RainFusionConfig.from_json('{"sparsity": {"3": 0.5}, "dense_steps": [2, 0], "sparsity_from_step": {"4": 0}}')
+    config = RainFusionConfig.from_json(
+        '{"sparsity": {"3": 0.5}, "dense_steps": [2, 0], "sparsity_from_step": {"4": 0}}'
+    )
     assert config == RainFusionConfig(sparsity={3: 0.5}, dense_steps=(2, 0), sparsity_from_step={4: 0.0})
     assert RainFusionConfig.from_json("{}") == RainFusionConfig()
     assert json.loads(config.to_json())["sparsity"] == {"3": 0.5}
