@@ -291,7 +291,7 @@ class _Moved:
 
 def _by_scheduler(pipeline: Any) -> tuple[int | None, int | None]:
     """The denoising step and the number of steps, as the scheduler of a pipeline counts them on the host."""
-    scheduler = getattr(pipeline, "scheduler", None)
+    scheduler: Any = getattr(pipeline, "scheduler", None)
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None:
         return None, None

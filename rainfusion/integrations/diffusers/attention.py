@@ -32,8 +32,8 @@ from rainfusion.integrations.engine import Engine
 
 _NAME = "rainfusion"
 _BY_HAND = (
-    f"the attention backend {_NAME!r} needs to know the layer that calls; use apply_rainfusion(pipe) instead of setting "
-    "it by name"
+    f"the attention backend {_NAME!r} needs to know the layer that calls; use apply_rainfusion(pipe) instead of "
+    "setting it by name"
 )
 _NOT_SPLIT = (
     "rainfusion does not split a sequence over devices yet; do not call enable_parallelism for context parallel"
