@@ -21,6 +21,7 @@ Shares = Share | Mapping[int, Share]
 
 _CHOICES = {"omitted": ("drop", "summary"), "order": ("auto", "layer"), "on_grad": ("raise", "dense")}
 _COUNTS = {"num_steps": 1, "refresh_every": 1, "min_blocks": 0, "report_rows": 0}
+_OPTIONAL = ("num_steps", "min_blocks")
 
 
 class ConfigError(PolicyError):
@@ -89,11 +90,13 @@ class RainFusionConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}")
         for name, least in _COUNTS.items():
             value = getattr(self, name)
-            if value is not None and not _is_count(value, least):
+            if not _is_count(value, least) and not (value is None and name in _OPTIONAL):
                 raise ConfigError(f"{name}={value!r} is not a whole number from {least} on")
         for name in ("share_masks", "timed"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is neither True nor False")
+        if not isinstance(self.backend, str | None):
+            raise ConfigError(f"backend={self.backend!r} is not the name of a backend; `rainfusion devices` lists them")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -134,7 +137,8 @@ def _plain(value: Any) -> Any:
 
 def _shares(value: Any, name: str) -> Shares:
     if isinstance(value, Mapping):
-        return MappingProxyType({_index(key, name): _share(item, f"{name}[{key}]") for key, item in value.items()})
+        shares = {_index(key, name): _share(item, f"{name}[{key}]") for key, item in value.items()}
+        return MappingProxyType(dict(sorted(shares.items())))
     return _share(value, name)
 
 

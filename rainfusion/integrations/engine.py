@@ -18,7 +18,7 @@ from rainfusion.core.arrays import array_facts
 from rainfusion.core.errors import LayoutError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.mask import BlockMask, PackedMask
-from rainfusion.core.parts import Grid, Part, Text
+from rainfusion.core.parts import Grid, Part, Sink, Text
 from rainfusion.core.policies import TopK
 from rainfusion.core.problem import AttentionProblem
 from rainfusion.dispatch import LruDict
@@ -41,6 +41,7 @@ REST: Final = Rest()
 Parts = tuple[Part | Rest, ...]
 
 FEWEST_BLOCKS = 32
+_MOST_UNNAMED = 4
 
 
 class Forward(NamedTuple):
@@ -96,27 +97,47 @@ class Engine:
         self._forward: Forward | None = None
         self._masks: dict[tuple[str, int], Kept] = {}
         self._run = -1
+        self._unnamed = (-1, 0)
         self._assessed: LruDict[Assessment] = LruDict(256)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        copy = Engine(self.config, self.layers, Clock(), Log(self.config.report_rows), self.name)
-        memo[id(self)] = copy
+        """An engine that has seen nothing; engines that are copied together share a clock and a log again."""
+        clock = memo.setdefault(id(self.clock), Clock())
+        log = memo.setdefault(id(self.log), Log(self.config.report_rows))
+        copy = memo[id(self)] = Engine(self.config, self.layers, clock, log, self.name)
         return copy
 
     # -- what a host calls ---------------------------------------------------------------------------
 
     def begin(self, reading: Reading, parts: Parts | None, *, order: str = "window", why: str = "") -> None:
-        """A forward begins. Arguments as in `Forward`."""
+        """A forward begins. Arguments as in `Forward`.
+
+        Forwards of one step that the host does not name are told apart by their order: "", "#2", "#3", "#4".
+        """
         moment = self.clock.tick(reading, needs_step=self.schedule.needs_step)
         if moment.run != self._run:
             self._masks.clear()
-            self._run = moment.run
+            self._run, self._unnamed = moment.run, (-1, 0)
+        if reading.context is None:
+            moment = moment._replace(context=self._unnamed_context(moment.step))
         self._forward = Forward(moment, parts, order, why, set())
 
+    def _unnamed_context(self, step: int) -> str:
+        last, count = self._unnamed
+        count = min(count + 1, _MOST_UNNAMED) if step == last else 1
+        self._unnamed = (step, count)
+        return "" if count == 1 else f"#{count}"
+
     def end(self, *, complete: bool = True) -> None:
-        """The forward is over; layers that were not called are noted, unless it ended early."""
+        """The forward is over, and layers that were not called are noted.
+
+        Args:
+            complete: False where it failed: its run is over then, and the next forward starts another one.
+        """
         forward, self._forward = self._forward, None
-        if forward is not None and complete:
+        if not complete:
+            self.reset()
+        elif forward is not None:
             for layer in range(self.layers):
                 if layer not in forward.called:
                     self._note(forward.moment, layer, SKIPPED, "not called")
@@ -144,12 +165,15 @@ class Engine:
             q, k, v: ``[batch, tokens, heads, head_dim]``.
             dense: the host's own attention for this call.
             kv_lengths: as in `rainfusion.attention`.
-            why_dense: what speaks against sparse attention in this call, as the host knows it.
+            why_dense: what speaks against sparse attention in this call, as the host knows it. Such a call may come
+                outside of a forward, as gradient checkpointing does, and is not noted then.
 
         Raises:
             LayoutError: no forward is under way, or the sequence is shorter than its parts.
         """
         forward = self._forward
+        if forward is None and why_dense:
+            return dense()
         if forward is None:
             raise LayoutError(
                 f"layer {layer} of {self.name} was called outside of a forward of its model; call the model itself"
@@ -162,7 +186,7 @@ class Engine:
             decision = self.schedule.decide(forward.moment.step, forward.moment.steps, layer)
             share, why = decision.share, decision.why
         if share is not None and forward.parts is not None:
-            parts = settled(forward.parts, q.shape[1], self.config)
+            parts = settled(forward.parts, q.shape[1], self.config.sink)
             assessed = self._assess(q, k, v, parts, share, scale, forward.order)
             if not (why := assessed.why_dense):
                 return self._sparse(
@@ -202,7 +226,7 @@ class Engine:
             out = rainfusion.attention(q, k, v, sparsity=share, **settings)
             self._note(moment, layer, SPARSE, "", density, stop())
             return out
-        place, fits = self._place(moment, layer), (parts, share, tuple(q.shape), tuple(k.shape), str(q.device))
+        place, fits = self._place(moment, layer), (parts, share, forward.order, *map(array_facts, (q, k)))
         mask = self._kept_mask(place, moment, fits)
         if mask is not None:
             out = rainfusion.attention(q, k, v, mask=mask, **settings)
@@ -274,7 +298,7 @@ def has_grid(parts: tuple[Part, ...]) -> bool:
 
 
 @lru_cache(maxsize=256)
-def settled(parts: Parts, length: int, config: RainFusionConfig) -> tuple[Part, ...]:
+def settled(parts: Parts, length: int, sink: Sink) -> tuple[Part, ...]:
     """The parts of a sequence of that length: `REST` has its tokens, and grids of several frames have their sink.
 
     Raises:
@@ -287,13 +311,13 @@ def settled(parts: Parts, length: int, config: RainFusionConfig) -> tuple[Part, 
             f"a sequence of {length} tokens does not hold the parts {', '.join(map(str, parts))} of {given}; the "
             "adapter of this model describes another sequence"
         )
-    return tuple(_settled(part, left, config) for part in parts)
+    return tuple(_settled(part, left, sink) for part in parts)
 
 
-def _settled(part: Part | Rest, left: int, config: RainFusionConfig) -> Part:
+def _settled(part: Part | Rest, left: int, sink: Sink) -> Part:
     if isinstance(part, Rest):
         return Text(left)
-    return replace(part, sink=config.sink) if isinstance(part, Grid) and part.sink == "first_frame" else part
+    return replace(part, sink=sink) if isinstance(part, Grid) and part.sink == "first_frame" else part
 
 
 def _no_time() -> None:

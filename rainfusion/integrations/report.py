@@ -137,9 +137,10 @@ class Report:
             from rich.console import Console
         except ImportError:
             return self._title() + "; install rich for the table"
-        text = io.StringIO()
-        Console(file=text, width=120).print(self.table())
-        return text.getvalue().rstrip()
+        table, text = self.table(), io.StringIO()
+        table.title = None  # rich would break it at the width of the rows
+        Console(file=text, width=120).print(table)
+        return "\n".join([self._title(), *(line.rstrip() for line in text.getvalue().splitlines())]).rstrip()
 
     def heatmap(self, path: str | PathLike[str]) -> None:
         """Density by step and layer, a panel a model and context, as a PNG.

@@ -43,7 +43,8 @@ class Schedule:
     def needs_step(self) -> bool:
         """Whether the denoising step matters."""
         config = self._config
-        return bool(any(config.dense_steps) or config.sparsity_from_step or config.refresh_every > 1)
+        keeps_masks = config.refresh_every > 1 or config.share_masks
+        return bool(any(config.dense_steps) or config.sparsity_from_step or keeps_masks)
 
     @property
     def needs_steps(self) -> bool:

@@ -43,7 +43,8 @@ def order_of(layout: TokenLayout, device: torch.device) -> Order:
     order, inverse = layout.order, layout.inverse
     assert order is not None
     assert inverse is not None
-    return Order(torch.tensor(order, device=device), torch.tensor(inverse, device=device))
+    with torch.inference_mode(False):  # kept for calls that want gradients, too
+        return Order(torch.tensor(order, device=device), torch.tensor(inverse, device=device))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rainfusion.core.layout import TokenLayout
 from rainfusion.integrations.clock import Clock, Reading
 from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.adapter import Adapter, UnknownModelError, adapter_of, order_of, refusal
-from rainfusion.integrations.diffusers.attention import Layer
+from rainfusion.integrations.diffusers.attention import Layer, forget_place
 from rainfusion.integrations.engine import REST, Engine, Parts, Rest, has_grid, settled
 from rainfusion.integrations.report import Log, Report
 
@@ -188,6 +188,7 @@ class Applied:
 
     @torch.compiler.disable
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forget_place()
         self._look()
         kind: Any = type(model)
         bound = signature_of(kind).bind(model, *args, **kwargs)
@@ -212,11 +213,12 @@ class Applied:
         config = self.engine.config
         if self.adapter.hoist is None or config.order != "auto" or REST in parts:
             return None
-        whole = settled(parts, sum(part.count for part in parts if not isinstance(part, Rest)), config)
+        whole = settled(parts, sum(part.count for part in parts if not isinstance(part, Rest)), config.sink)
         return TokenLayout(parts=whole, block=config.block, window=config.window if has_grid(whole) else None)
 
     @torch.compiler.disable
     def _after(self, model: nn.Module, args: Any, output: Any) -> Any:
+        forget_place()
         self.engine.end(complete=output is not None)
         hoist, order = self.adapter.hoist, self._order
         self._order = None
@@ -249,7 +251,7 @@ class Applied:
         name = None if context is None else context.name
         step, steps = getattr(context, "step_index", None), getattr(context, "num_inference_steps", None)
         if step is None:
-            step, steps = _by_scheduler(getattr(self.pipeline, "scheduler", None))
+            step, steps = _by_scheduler(self.pipeline)
         timestep = arguments.get("timestep")
         level = (lambda: float(timestep.max())) if isinstance(timestep, torch.Tensor) else None
         return Reading(name, step, config.num_steps or steps, level)
@@ -287,11 +289,14 @@ class _Moved:
         return self._applied.moved(self._name, output)
 
 
-def _by_scheduler(scheduler: Any) -> tuple[int | None, int | None]:
-    """The denoising step and the number of steps, as a scheduler counts them on the host."""
+def _by_scheduler(pipeline: Any) -> tuple[int | None, int | None]:
+    """The denoising step and the number of steps, as the scheduler of a pipeline counts them on the host."""
+    scheduler: Any = getattr(pipeline, "scheduler", None)
     timesteps = getattr(scheduler, "timesteps", None)
-    if timesteps is None or not hasattr(scheduler, "_step_index"):
+    if timesteps is None:
         return None, None
+    if not hasattr(scheduler, "_step_index"):  # such as DDIM: the pipeline may have left out the first timesteps
+        return None, getattr(pipeline, "_num_timesteps", None) or len(timesteps)
     begin = scheduler.begin_index or 0
     step = begin if scheduler.step_index is None else scheduler.step_index
     return step - begin, len(timesteps) - begin

@@ -31,6 +31,16 @@ from rainfusion.integrations.diffusers.adapter import Adapter, key_lengths
 from rainfusion.integrations.engine import Engine
 
 _NAME = "rainfusion"
+_BY_HAND = (
+    f"the attention backend {_NAME!r} needs to know the layer that calls; use apply_rainfusion(pipe) instead of "
+    "setting it by name"
+)
+_NOT_SPLIT = (
+    "rainfusion does not split a sequence over devices yet; do not call enable_parallelism for context parallel"
+)
+_NO_GRADIENT = (
+    "a gradient is wanted, and sparse attention has none; run under torch.no_grad(), or configure on_grad='dense'"
+)
 _serials = itertools.count()
 _layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
 
@@ -39,9 +49,15 @@ class _Here(threading.local):
     """Which layer calls, on this thread."""
 
     place: Tensor | None = None
+    on_grad: str = "raise"
 
 
 _here = _Here()
+
+
+def forget_place() -> None:
+    """No layer calls on this thread: a processor that failed could not say so."""
+    _here.place = None
 
 
 class Layer:
@@ -58,12 +74,14 @@ class Layer:
     def __init__(self, module: Any, index: int, adapter: Adapter, engine: Engine) -> None:
         self.module, self.index, self.adapter, self.engine = module, index, adapter, engine
         self.inner: Any = module.processor
+        self.on_grad = engine.config.on_grad
+        _check_processor(self.inner)
         self._number()
         self.processor = _leading_here(self)
 
     def _number(self) -> None:
         serial = next(_serials)
-        self.place = torch.tensor(serial)
+        self.place = torch.tensor(serial, device="cpu")
         _layers[serial] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
@@ -86,9 +104,16 @@ class Layer:
         self.module.processor = self.processor
 
     def release(self) -> None:
-        """Give the module its own processor back, unless it has another one by now."""
-        if self.module.processor is self.processor:
-            self.module.processor = self.inner
+        """Give the module its own processor back, unless it has another one by now.
+
+        An attention backend that was set since stays set.
+        """
+        if self.module.processor is not self.processor:
+            return
+        backend = getattr(self.processor, "_attention_backend", BACKEND)
+        if self.adapter.call == "dispatch" and backend is not BACKEND:
+            self.inner._attention_backend = backend
+        self.module.processor = self.inner
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dense: Callable[[], Tensor], **call: Any
@@ -97,7 +122,7 @@ class Layer:
         why, lengths = self._misfit(q, k, mask, call["is_causal"]), None
         if mask is not None and not why:
             lengths = key_lengths(mask).expand(q.shape[0])
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if _gradient_wanted(q, k, v):
             why = self._without_gradient()
         out: Tensor = self.engine.attend(
             self.index, q, k, v, dense, scale=call["scale"], kv_lengths=lengths, why_dense=why
@@ -114,16 +139,32 @@ class Layer:
             return ""
         if not isinstance(mask, Tensor):
             return f"mask is a {type(mask).__name__}"
-        hides_keys_only = mask.dtype == torch.bool and (mask.ndim < 3 or mask.shape[-2] == 1)
-        return "" if self.adapter.pads and hides_keys_only else "mask"
+        return "" if self.adapter.pads and self._hides_keys_only(mask, q.shape[0]) else "mask"
+
+    def _hides_keys_only(self, mask: Tensor, batch: int) -> bool:
+        """Whether a mask is ``[batch, 1, 1, keys]``, or ``[batch, keys]``, which only diffusers reads so."""
+        if mask.dtype != torch.bool:
+            return False
+        if mask.ndim == 2:
+            return self.adapter.call == "dispatch" and mask.shape[0] == batch
+        return mask.ndim == 4 and mask.shape[1:3] == (1, 1)
 
     def _without_gradient(self) -> str:
         if self.engine.config.on_grad == "dense":
             return "gradient"
-        raise ProblemError(
-            "a gradient is wanted, and sparse attention has none; run under torch.no_grad(), or configure "
-            "on_grad='dense'"
-        )
+        raise ProblemError(_NO_GRADIENT)
+
+
+def _gradient_wanted(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _check_processor(processor: Any) -> None:
+    """Refuse what sparse attention would meet too late, in the middle of a forward."""
+    if getattr(processor, "_attention_backend", None) == BACKEND:
+        raise ProblemError(_BY_HAND)
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise ProblemError(_NOT_SPLIT)
 
 
 # -- diffusers' dispatch -------------------------------------------------------------------------------
@@ -158,15 +199,24 @@ def _attention(
 ) -> Tensor:
     """The backend ``rainfusion``; q, k, v and the result are ``[batch, tokens, heads, head_dim]``."""
     if _parallel_config is not None:
-        raise ProblemError("rainfusion does not split a sequence over devices yet; call enable_parallelism without it")
+        raise ProblemError(_NOT_SPLIT)
     place = _here.place
     if place is None:
-        raise ProblemError(
-            f"the attention backend {_NAME!r} needs to know the layer that calls; use apply_rainfusion(pipe) instead "
-            "of setting it by name"
-        )
-    attend = _operator if torch.compiler.is_compiling() else _attend
-    out: Tensor = attend(query, key, value, attn_mask, place, is_causal, scale, enable_gqa)
+        raise ProblemError(_BY_HAND)
+    return _call(query, key, value, attn_mask, place, is_causal, scale, enable_gqa)
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, place: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """`_attend`, or in a graph that is being compiled, one operator that does it when the graph runs."""
+    if not torch.compiler.is_compiling():
+        return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa)
+    if _gradient_wanted(q, k, v) and _here.on_grad == "dense":
+        call = {"attn_mask": mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        dense: Tensor = dispatch_attention_fn(q, k, v, backend=AttentionBackendName.NATIVE, **call)
+        return dense
+    out: Tensor = _operator(q, k, v, mask, place, is_causal, scale, enable_gqa)
     return out
 
 
@@ -180,12 +230,14 @@ def _attend(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    layer = _layers[int(place)]
+    layer, calling = _layers[int(place)], _here.place
     call = {"is_causal": is_causal, "scale": scale}
 
     def dense() -> Tensor:
+        forget_place()  # the host's own attention must not lead here again
         backend = None if layer.adapter.call == "sdpa" else layer.inner._attention_backend
         out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, enable_gqa=enable_gqa, backend=backend, **call)
+        _here.place = calling
         return out
 
     return layer.attend(q, k, v, mask, dense, **call)
@@ -220,8 +272,7 @@ def _take_over(
     enable_gqa: bool = False,
 ) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    attend = _operator if torch.compiler.is_compiling() else _attend
-    return attend(q, k, v, attn_mask, place, is_causal, scale, enable_gqa).transpose(1, 2)
+    return _call(q, k, v, attn_mask, place, is_causal, scale, enable_gqa).transpose(1, 2)
 
 
 # -- compiled graphs -----------------------------------------------------------------------------------
@@ -248,6 +299,13 @@ def _operator(
 @_operator.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def _refuse_gradient(*_: Any) -> Any:
+    raise ProblemError(_NO_GRADIENT)
+
+
+_operator.register_autograd(_refuse_gradient)
 
 
 # -- processors ----------------------------------------------------------------------------------------
@@ -277,13 +335,14 @@ def _subclass(inner: Any, call: str, own: Any) -> Any:
     # The signature is that of the processor: `Attention.forward` drops what a processor does not name.
     @functools.wraps(inner.__call__)
     def dispatching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _here.place = self.layer.place
+        _here.place, _here.on_grad = self.layer.place, self.layer.on_grad
         result = run(self, *args, **kwargs)
         _here.place = None
         return result
 
     @functools.wraps(inner.__call__)
     def taking_over(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _here.on_grad = self.layer.on_grad
         with _TakeOver(self.layer.place):
             return run(self, *args, **kwargs)
 
