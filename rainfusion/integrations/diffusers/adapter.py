@@ -54,11 +54,13 @@ class Hoist:
         arguments: the forward's arguments, changed.
         outputs: by the name of a module, its output, changed.
         result: the forward's result, changed.
+        fits: from the model and the forward's arguments, whether this forward's tokens can be reordered; None: always.
     """
 
     arguments: Callable[[Arguments, Order], Mapping[str, Any]] | None = None
     outputs: Mapping[str, Callable[[Any, Order], Any]] | None = None
     result: Callable[[Any, Order], Any] | None = None
+    fits: Callable[[Any, Arguments], bool] | None = None
 
 
 @dataclass(frozen=True)

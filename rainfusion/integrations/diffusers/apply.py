@@ -194,7 +194,7 @@ class Applied:
         bound.apply_defaults()
         arguments = bound.arguments
         parts = self.adapter.parts(model, arguments)
-        self._order = None if isinstance(parts, str) else self._whole_order(parts)
+        self._order = None if isinstance(parts, str) else self._whole_order(parts, arguments)
         order = "window" if self._order is None else "given"
         reading = self._reading(arguments)
         if isinstance(parts, str):
@@ -207,10 +207,12 @@ class Applied:
         arguments.update(hoist.arguments(arguments, order_of(self._order, _device_of(arguments))))
         return bound.args[1:], bound.kwargs
 
-    def _whole_order(self, parts: Parts) -> TokenLayout | None:
+    def _whole_order(self, parts: Parts, arguments: Mapping[str, Any]) -> TokenLayout | None:
         """The layout by which tokens are reordered once a forward; None where every layer does it."""
-        config = self.engine.config
-        if self.adapter.hoist is None or config.order != "auto" or REST in parts:
+        config, hoist = self.engine.config, self.adapter.hoist
+        if hoist is None or config.order != "auto" or REST in parts:
+            return None
+        if hoist.fits is not None and not hoist.fits(self.model, arguments):
             return None
         whole = settled(parts, sum(part.count for part in parts if not isinstance(part, Rest)), config)
         return TokenLayout(parts=whole, block=config.block, window=config.window if has_grid(whole) else None)
