@@ -39,6 +39,7 @@ class Rest:
 
 REST: Final = Rest()
 Parts = tuple[Part | Rest, ...]
+LayerParts = Callable[[int], Parts]
 
 FEWEST_BLOCKS = 32
 
@@ -48,16 +49,17 @@ class Forward(NamedTuple):
 
     Attributes:
         moment: when it takes place.
-        parts: of the sequence that attention sees, in its order; None where sparse attention does not fit this
-            forward, and `why` says why.
+        parts: of the sequence that attention sees, in its order, or a function that gives those of a layer; None
+            where sparse attention does not fit this forward, and `why` says why.
         order: ``"given"`` where the host has brought the tokens into block order, else ``"window"``.
+        called: how often each layer was called.
     """
 
     moment: Moment
-    parts: Parts | None
+    parts: Parts | LayerParts | None
     order: str
     why: str
-    called: set[int]
+    called: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Engine:
         self.clock, self.log = clock, log
         self.schedule = Schedule(config, layers)
         self._forward: Forward | None = None
-        self._masks: dict[tuple[str, int], Kept] = {}
+        self._masks: dict[tuple[str, int, int], Kept] = {}
         self._run = -1
         self._assessed: LruDict[Assessment] = LruDict(256)
 
@@ -105,13 +107,15 @@ class Engine:
 
     # -- what a host calls ---------------------------------------------------------------------------
 
-    def begin(self, reading: Reading, parts: Parts | None, *, order: str = "window", why: str = "") -> None:
+    def begin(
+        self, reading: Reading, parts: Parts | LayerParts | None, *, order: str = "window", why: str = ""
+    ) -> None:
         """A forward begins. Arguments as in `Forward`."""
         moment = self.clock.tick(reading, needs_step=self.schedule.needs_step)
         if moment.run != self._run:
             self._masks.clear()
             self._run = moment.run
-        self._forward = Forward(moment, parts, order, why, set())
+        self._forward = Forward(moment, parts, order, why, {})
 
     def end(self, *, complete: bool = True) -> None:
         """The forward is over; layers that were not called are noted, unless it ended early."""
@@ -154,7 +158,7 @@ class Engine:
             raise LayoutError(
                 f"layer {layer} of {self.name} was called outside of a forward of its model; call the model itself"
             )
-        forward.called.add(layer)
+        forward.called[layer] = forward.called.get(layer, 0) + 1
         stop = self._stopwatch(q)
         share: Share | None = None
         why = why_dense or forward.why
@@ -162,7 +166,8 @@ class Engine:
             decision = self.schedule.decide(forward.moment.step, forward.moment.steps, layer)
             share, why = decision.share, decision.why
         if share is not None and forward.parts is not None:
-            parts = settled(forward.parts, q.shape[1], self.config)
+            described = forward.parts(layer) if callable(forward.parts) else forward.parts
+            parts = settled(described, q.shape[1], self.config)
             assessed = self._assess(q, k, v, parts, share, scale, forward.order)
             if not (why := assessed.why_dense):
                 return self._sparse(
@@ -202,7 +207,7 @@ class Engine:
             out = rainfusion.attention(q, k, v, sparsity=share, **settings)
             self._note(moment, layer, SPARSE, "", density, stop())
             return out
-        place, fits = self._place(moment, layer), (parts, share, tuple(q.shape), tuple(k.shape), str(q.device))
+        place, fits = self._place(forward, layer), (parts, share, tuple(q.shape), tuple(k.shape), str(q.device))
         mask = self._kept_mask(place, moment, fits)
         if mask is not None:
             out = rainfusion.attention(q, k, v, mask=mask, **settings)
@@ -213,10 +218,11 @@ class Engine:
         self._note(moment, layer, SPARSE, "", density, stop())
         return out
 
-    def _place(self, moment: Moment, layer: int) -> tuple[str, int]:
-        return ("" if self.config.share_masks else moment.context, layer)
+    def _place(self, forward: Forward, layer: int) -> tuple[str, int, int]:
+        """Where a mask is kept: a layer may be called several times a forward, once a sample for example."""
+        return ("" if self.config.share_masks else forward.moment.context, layer, forward.called[layer])
 
-    def _kept_mask(self, place: tuple[str, int], moment: Moment, fits: tuple[Any, ...]) -> BlockMask | None:
+    def _kept_mask(self, place: tuple[str, int, int], moment: Moment, fits: tuple[Any, ...]) -> BlockMask | None:
         """The mask that an earlier call made, where it fits this one and is young enough."""
         kept = self._masks.get(place)
         if kept is None or kept.fits != fits or moment.step - kept.step >= self.config.refresh_every:
