@@ -39,6 +39,7 @@ class Rest:
 
 REST: Final = Rest()
 Parts = tuple[Part | Rest, ...]
+LayerParts = Callable[[int], Parts]
 
 FEWEST_BLOCKS = 32
 _MOST_UNNAMED = 4
@@ -49,16 +50,17 @@ class Forward(NamedTuple):
 
     Attributes:
         moment: when it takes place.
-        parts: of the sequence that attention sees, in its order; None where sparse attention does not fit this
-            forward, and `why` says why.
+        parts: of the sequence that attention sees, in its order, or a function that gives those of a layer; None
+            where sparse attention does not fit this forward, and `why` says why.
         order: ``"given"`` where the host has brought the tokens into block order, else ``"window"``.
+        called: how often each layer was called.
     """
 
     moment: Moment
-    parts: Parts | None
+    parts: Parts | LayerParts | None
     order: str
     why: str
-    called: set[int]
+    called: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Engine:
         self.clock, self.log = clock, log
         self.schedule = Schedule(config, layers)
         self._forward: Forward | None = None
-        self._masks: dict[tuple[str, int], Kept] = {}
+        self._masks: dict[tuple[str, int, int], Kept] = {}
         self._run = -1
         self._unnamed = (-1, 0)
         self._assessed: LruDict[Assessment] = LruDict(256)
@@ -109,7 +111,9 @@ class Engine:
 
     # -- what a host calls ---------------------------------------------------------------------------
 
-    def begin(self, reading: Reading, parts: Parts | None, *, order: str = "window", why: str = "") -> None:
+    def begin(
+        self, reading: Reading, parts: Parts | LayerParts | None, *, order: str = "window", why: str = ""
+    ) -> None:
         """A forward begins. Arguments as in `Forward`.
 
         Forwards of one step that the host does not name are told apart by their order: "", "#2", "#3", "#4".
@@ -120,7 +124,7 @@ class Engine:
             self._run, self._unnamed = moment.run, (-1, 0)
         if reading.context is None:
             moment = moment._replace(context=self._unnamed_context(moment.step))
-        self._forward = Forward(moment, parts, order, why, set())
+        self._forward = Forward(moment, parts, order, why, {})
 
     def _unnamed_context(self, step: int) -> str:
         last, count = self._unnamed
@@ -178,7 +182,7 @@ class Engine:
             raise LayoutError(
                 f"layer {layer} of {self.name} was called outside of a forward of its model; call the model itself"
             )
-        forward.called.add(layer)
+        forward.called[layer] = forward.called.get(layer, 0) + 1
         stop = self._stopwatch(q)
         share: Share | None = None
         why = why_dense or forward.why
@@ -186,7 +190,8 @@ class Engine:
             decision = self.schedule.decide(forward.moment.step, forward.moment.steps, layer)
             share, why = decision.share, decision.why
         if share is not None and forward.parts is not None:
-            parts = settled(forward.parts, q.shape[1], self.config.sink)
+            described = forward.parts(layer) if callable(forward.parts) else forward.parts
+            parts = settled(described, q.shape[1], self.config.sink)
             assessed = self._assess(q, k, v, parts, share, scale, forward.order)
             if not (why := assessed.why_dense):
                 return self._sparse(
@@ -226,7 +231,7 @@ class Engine:
             out = rainfusion.attention(q, k, v, sparsity=share, **settings)
             self._note(moment, layer, SPARSE, "", density, stop())
             return out
-        place, fits = self._place(moment, layer), (parts, share, forward.order, *map(array_facts, (q, k)))
+        place, fits = self._place(forward, layer), (parts, share, forward.order, *map(array_facts, (q, k)))
         mask = self._kept_mask(place, moment, fits)
         if mask is not None:
             out = rainfusion.attention(q, k, v, mask=mask, **settings)
@@ -237,10 +242,11 @@ class Engine:
         self._note(moment, layer, SPARSE, "", density, stop())
         return out
 
-    def _place(self, moment: Moment, layer: int) -> tuple[str, int]:
-        return ("" if self.config.share_masks else moment.context, layer)
+    def _place(self, forward: Forward, layer: int) -> tuple[str, int, int]:
+        """Where a mask is kept: a layer may be called several times a forward, once a sample for example."""
+        return ("" if self.config.share_masks else forward.moment.context, layer, forward.called[layer])
 
-    def _kept_mask(self, place: tuple[str, int], moment: Moment, fits: tuple[Any, ...]) -> BlockMask | None:
+    def _kept_mask(self, place: tuple[str, int, int], moment: Moment, fits: tuple[Any, ...]) -> BlockMask | None:
         """The mask that an earlier call made, where it fits this one and is young enough."""
         kept = self._masks.get(place)
         if kept is None or kept.fits != fits or moment.step - kept.step >= self.config.refresh_every:

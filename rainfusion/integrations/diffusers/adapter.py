@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rainfusion.core.errors import RainfusionError
 from rainfusion.core.layout import TokenLayout
-from rainfusion.integrations.engine import REST, Parts
+from rainfusion.integrations.engine import REST, LayerParts, Parts
 
 Arguments = Mapping[str, Any]
 
@@ -55,11 +55,13 @@ class Hoist:
         arguments: the forward's arguments, changed.
         outputs: by the name of a module, its output, changed.
         result: the forward's result, changed.
+        fits: from the model and the forward's arguments, whether this forward's tokens can be reordered; None: always.
     """
 
     arguments: Callable[[Arguments, Order], Mapping[str, Any]] | None = None
     outputs: Mapping[str, Callable[[Any, Order], Any]] | None = None
     result: Callable[[Any, Order], Any] | None = None
+    fits: Callable[[Any, Arguments], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Adapter:
         layers: regular expression over names of modules, which matches the self-attention modules and no others.
         parts: from a model and its forward's arguments by name, the parts of the sequence in the order in which
             attention sees them: `Grid`, `Text` (attended to by all, and attends to all), `Tokens`, and `REST` for the
-            text that takes what the other parts leave. None, or a reason as text, where a forward is to stay dense.
+            text that takes what the other parts leave. Where layers see different sequences, a function from the
+            layer's place to its parts. A reason as text where a forward is to stay dense.
         call: ``"dispatch"`` where the processors call diffusers' `dispatch_attention_fn` with their own backend,
             ``"sdpa"`` where they call `torch.nn.functional.scaled_dot_product_attention`.
         pads: whether a mask of keys may hide the end of the text, and nothing else. Without it, calls with a mask stay
@@ -82,7 +85,7 @@ class Adapter:
     """
 
     layers: str
-    parts: Callable[[Any, Arguments], Parts | str]
+    parts: Callable[[Any, Arguments], Parts | LayerParts | str]
     call: str = "dispatch"
     pads: bool = False
     processor: type | None = None
@@ -154,6 +157,7 @@ __all__ = [
     "Adapter",
     "Arguments",
     "Hoist",
+    "LayerParts",
     "Order",
     "Parts",
     "UnknownModelError",

@@ -20,7 +20,7 @@ from rainfusion.integrations.clock import Clock, Reading
 from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.adapter import Adapter, UnknownModelError, adapter_of, order_of, refusal
 from rainfusion.integrations.diffusers.attention import Layer, forget_place
-from rainfusion.integrations.engine import REST, Engine, Parts, Rest, has_grid, settled
+from rainfusion.integrations.engine import REST, Engine, LayerParts, Parts, Rest, has_grid, settled
 from rainfusion.integrations.report import Log, Report
 
 _HOOK = "rainfusion"
@@ -195,7 +195,7 @@ class Applied:
         bound.apply_defaults()
         arguments = bound.arguments
         parts = self.adapter.parts(model, arguments)
-        self._order = None if isinstance(parts, str) else self._whole_order(parts)
+        self._order = None if isinstance(parts, str) else self._whole_order(parts, arguments)
         order = "window" if self._order is None else "given"
         reading = self._reading(arguments)
         if isinstance(parts, str):
@@ -208,10 +208,12 @@ class Applied:
         arguments.update(hoist.arguments(arguments, order_of(self._order, _device_of(arguments))))
         return bound.args[1:], bound.kwargs
 
-    def _whole_order(self, parts: Parts) -> TokenLayout | None:
+    def _whole_order(self, parts: Parts | LayerParts, arguments: Mapping[str, Any]) -> TokenLayout | None:
         """The layout by which tokens are reordered once a forward; None where every layer does it."""
-        config = self.engine.config
-        if self.adapter.hoist is None or config.order != "auto" or REST in parts:
+        config, hoist = self.engine.config, self.adapter.hoist
+        if hoist is None or config.order != "auto" or callable(parts) or REST in parts:
+            return None
+        if hoist.fits is not None and not hoist.fits(self.model, arguments):
             return None
         whole = settled(parts, sum(part.count for part in parts if not isinstance(part, Rest)), config.sink)
         return TokenLayout(parts=whole, block=config.block, window=config.window if has_grid(whole) else None)
