@@ -45,24 +45,27 @@ def once(tensor: Tensor, key: Hashable, read: Callable[[Tensor], Read]) -> Read:
     return answer
 
 
-def image_grids(ids: Tensor) -> tuple[Grid, ...] | str:
+def image_grids(ids: Tensor, start: int = 0) -> tuple[Grid, ...] | str:
     """The images that position ids ``[tokens, (image, row, column, ...)]`` number, one after another.
 
     A leading axis for samples may be there; the first counts. A reason as text where the ids number something else.
+
+    Args:
+        start: the first token of an image.
     """
-    return once(ids, "images", _image_grids)
+    return once(ids, ("images", start), lambda ids: _image_grids(ids, start))
 
 
-def _image_grids(ids: Tensor) -> tuple[Grid, ...] | str:
+def _image_grids(ids: Tensor, start: int) -> tuple[Grid, ...] | str:
     """Images begin where the image's number changes, or the place goes back."""
-    place = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float64)
+    place = (ids[0] if ids.ndim == 3 else ids)[start:].detach().cpu().double()
     image, row, column = place[:, 0], place[:, 1], place[:, 2]
     back = (row[1:] < row[:-1]) | ((row[1:] == row[:-1]) & (column[1:] <= column[:-1]))
-    starts = [0, *(((image[1:] != image[:-1]) | back).nonzero().flatten() + 1).tolist(), len(place)]
+    begins = ((image[1:] != image[:-1]) | back).nonzero().flatten() + 1
     grids = []
-    for start, stop in pairwise(starts):
-        height, width = _raster(row[start:stop], column[start:stop])
-        if height * width != stop - start:
+    for first, end in pairwise([0, *begins.tolist(), len(place)]):
+        height, width = _raster(row[first:end], column[first:end])
+        if height * width != end - first:
             return "position ids number no whole images"
         grids.append(Grid(1, height, width))
     return tuple(grids)
