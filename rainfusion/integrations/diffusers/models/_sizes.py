@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,23 +57,33 @@ def image_grids(ids: Tensor, start: int = 0) -> tuple[Grid, ...] | str:
 
 
 def _image_grids(ids: Tensor, start: int) -> tuple[Grid, ...] | str:
-    """Images begin where the image's number changes, or the place goes back."""
     place = (ids[0] if ids.ndim == 3 else ids)[start:].detach().cpu().double()
-    image, row, column = place[:, 0], place[:, 1], place[:, 2]
+    images = rasters(place[:, 1], place[:, 2], place[:, 0])
+    return "position ids number no whole images" if images is None else tuple(Grid(1, *image[1:]) for image in images)
+
+
+class Raster(NamedTuple):
+    """Consecutive tokens that fill an image row by row, and which token is the first."""
+
+    start: int
+    height: int
+    width: int
+
+
+def rasters(row: Tensor, column: Tensor, image: Tensor) -> list[Raster] | None:
+    """The images that tokens fill: one begins where its number changes, or the place goes back.
+
+    None where the tokens fill no whole images.
+    """
     back = (row[1:] < row[:-1]) | ((row[1:] == row[:-1]) & (column[1:] <= column[:-1]))
-    begins = ((image[1:] != image[:-1]) | back).nonzero().flatten() + 1
-    grids = []
-    for first, end in pairwise([0, *begins.tolist(), len(place)]):
-        height, width = _raster(row[first:end], column[first:end])
-        if height * width != end - first:
-            return "position ids number no whole images"
-        grids.append(Grid(1, height, width))
-    return tuple(grids)
-
-
-def _raster(row: Tensor, column: Tensor) -> tuple[int, int]:
-    """Height and width of an image of which rows and columns increase from token to token."""
-    return len(torch.unique(row)), len(torch.unique(column))
+    begins = (back | (image[1:] != image[:-1])).nonzero().flatten() + 1
+    found = []
+    for start, end in pairwise([0, *begins.tolist(), len(row)]):
+        height, width = (len(torch.unique(axis[start:end])) for axis in (row, column))
+        if height * width != end - start:
+            return None
+        found.append(Raster(start, height, width))
+    return found
 
 
 def hides_end_only(mask: Tensor | None) -> bool:
