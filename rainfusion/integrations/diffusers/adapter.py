@@ -80,6 +80,7 @@ class Adapter:
             dense.
         processor: a class to run instead of the processor that is there; see `processors`.
         hoist: where tokens can be reordered once a forward.
+        prepare: from a forward's arguments those to change before anything else, without a change of the result.
         family: of the model, for `rainfusion models`.
         tested: what was tested.
     """
@@ -90,6 +91,7 @@ class Adapter:
     pads: bool = False
     processor: type | None = None
     hoist: Hoist | None = None
+    prepare: Callable[[Arguments], Mapping[str, Any]] | None = None
     family: str = ""
     tested: str = ""
 

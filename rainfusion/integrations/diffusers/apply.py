@@ -194,6 +194,8 @@ class Applied:
         bound = signature_of(kind).bind(model, *args, **kwargs)
         bound.apply_defaults()
         arguments = bound.arguments
+        if self.adapter.prepare is not None:
+            arguments.update(self.adapter.prepare(arguments))
         parts = self.adapter.parts(model, arguments)
         self._order = None if isinstance(parts, str) else self._whole_order(parts, arguments)
         order = "window" if self._order is None else "given"
@@ -203,9 +205,10 @@ class Applied:
         else:
             self.engine.begin(reading, parts, order=order)
         hoist = self.adapter.hoist
-        if self._order is None or hoist is None or hoist.arguments is None:
+        if self._order is not None and hoist is not None and hoist.arguments is not None:
+            arguments.update(hoist.arguments(arguments, order_of(self._order, _device_of(arguments))))
+        elif self.adapter.prepare is None:
             return None
-        arguments.update(hoist.arguments(arguments, order_of(self._order, _device_of(arguments))))
         return bound.args[1:], bound.kwargs
 
     def _whole_order(self, parts: Parts | LayerParts, arguments: Mapping[str, Any]) -> TokenLayout | None:
