@@ -6,7 +6,9 @@ import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel
 
+from rainfusion.core.parts import Grid
 from rainfusion.integrations.diffusers import apply_rainfusion
+from rainfusion.integrations.diffusers.models.ltx import _grid_at_the_end
 from tests.integrations.diffusers.families import Tiny, assert_close, check_family, check_places, config, first, seeded
 
 # -- LTX-Video -----------------------------------------------------------------------------------------
@@ -22,6 +24,12 @@ def make_ltx():
         num_layers=3,
         caption_channels=16,
     )
+
+
+def raster(frames, height, width):
+    """Coordinates (time, row, column) of a grid, in pixels and seconds."""
+    axes = [torch.arange(size) * scale for size, scale in ((frames, 8 / 25), (height, 32.0), (width, 32.0))]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
 
 
 def ltx(frames, height, width, batch=1, extra=0, by_token=False, coordinates=False):
@@ -41,7 +49,9 @@ def ltx(frames, height, width, batch=1, extra=0, by_token=False, coordinates=Fal
         if by_token:
             found["timestep"] = torch.arange(batch * tokens).view(batch, -1) % 97 * 10.0
         if coordinates or extra:
-            found["video_coords"] = 32 * torch.rand(batch, 3, tokens)
+            front = 100 + 32 * torch.rand(3, extra)
+            found["video_coords"] = torch.cat([front, raster(frames, height, width)], 1).expand(batch, -1, -1)
+            found |= dict.fromkeys(("num_frames", "height", "width", "rope_interpolation_scale"))
         return found
 
     return arguments
@@ -68,12 +78,26 @@ LTX = Tiny(
 
 
 def test_without_a_grid_it_stays_dense():
-    model, arguments = LTX.made(), seeded(LTX.inputs["coordinates"]) | {"num_frames": None}
+    model, arguments = LTX.made(), seeded(LTX.inputs["coordinates"])
+    arguments["video_coords"] = torch.rand(1, 3, 320)
     with torch.no_grad():
         untouched = first(model(**arguments))
         with apply_rainfusion(model, config(LTX, sparsity=0.6)) as handle:
             assert torch.equal(first(model(**arguments)), untouched)
-    assert "num_frames, height and width are not given" in str(handle.report())
+    assert "give a grid" in str(handle.report())
+
+
+def test_grid_of_coordinates():
+    small, video = raster(2, 3, 4) + 7, raster(5, 7, 9)
+    assert _grid_at_the_end(video) == Grid(5, 7, 9)
+    assert _grid_at_the_end(torch.cat([small, video], 1)) == Grid(5, 7, 9)
+    assert _grid_at_the_end(raster(1, 7, 9)) == Grid(1, 7, 9)
+    assert _grid_at_the_end(raster(3, 7, 1)) == Grid(3, 7, 1)
+    # conditions of the video's size are frames of it, at whatever time they are
+    later, earlier = torch.tensor([[40.0], [0], [0]]), torch.tensor([[-1.0], [0], [0]])
+    before, after = raster(1, 7, 9) + later, raster(1, 7, 9) + earlier
+    assert _grid_at_the_end(torch.cat([small, before, video, after], 1)) == Grid(7, 7, 9)
+    assert _grid_at_the_end(raster(2, 4, 4)[:, torch.randperm(32)]) is None
 
 
 # -- LTX-2 ---------------------------------------------------------------------------------------------
@@ -125,6 +149,15 @@ def ltx2(frames, height, width, batch=1, extra=0, by_token=False, **others):
     return arguments
 
 
+def ltx2_by_coordinates(frames, height, width, extra):
+    def arguments():
+        start = torch.cat([raster(frames, height, width), 100 + 32 * torch.rand(3, extra)], 1)[None, ..., None]
+        none = dict.fromkeys(("num_frames", "height", "width"))
+        return ltx2(frames, height, width, extra=extra)() | none | {"video_coords": torch.cat([start, start + 1], -1)}
+
+    return arguments
+
+
 def touch2(arguments):
     arguments["hidden_states"][0, 2 * 64 + 2 * 8 + 6] += 1
     return 2, 2, 6
@@ -142,6 +175,7 @@ LTX2 = Tiny(
         "one frame": ltx2(1, 12, 10),
         "a timestep a token, keyframes": ltx2(5, 8, 8, by_token=True, video_keyframes_mask=keyframes(320)),
         "conditions behind": ltx2(5, 8, 8, extra=21, by_token=True),
+        "coordinates": ltx2_by_coordinates(5, 8, 8, extra=21),
         "no audio crosses": ltx2(5, 8, 8, isolate_modalities=True),
     },
     touch=touch2,
@@ -200,7 +234,13 @@ def test_family(family, name):
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("ltx", "video"), ("ltx", "conditions in front"), ("ltx2", "video"), ("ltx2", "conditions behind")],
+    [
+        ("ltx", "video"),
+        ("ltx", "conditions in front"),
+        ("ltx2", "video"),
+        ("ltx2", "conditions behind"),
+        ("ltx2", "coordinates"),
+    ],
 )
 def test_places(family, name):
     check_places(FAMILIES[family], name)
