@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
@@ -23,6 +25,8 @@ def inputs(
             names[1]: torch.randn(batch, TEXT, 16),
             "timestep": torch.full((batch,), 0.5),
         }
+        if "timesteps" in more:
+            del given["timestep"]
         return given | {name: make(batch, height, width) for name, make in more.items()}
 
     return arguments
@@ -92,6 +96,24 @@ ERNIE = {
 PRX = {"in_channels": 4, "context_in_dim": 16, "hidden_size": 64, "num_heads": 2, "depth": 3, "axes_dim": [16, 16]}
 
 
+LUMINA = {
+    "in_channels": 4,
+    "hidden_size": 64,
+    "num_layers": 3,
+    "num_refiner_layers": 1,
+    "num_attention_heads": 2,
+    "num_kv_heads": 1,
+    "multiple_of": 16,
+    "axes_dim_rope": (8, 12, 12),
+    "axes_lens": (64, 32, 32),
+    "cap_feat_dim": 16,
+}
+
+
+def same_lengths(batch, height, width):
+    return torch.arange(TEXT).expand(batch, -1) < 9
+
+
 def pooled(batch, height, width):
     return torch.randn(batch, 12)
 
@@ -150,6 +172,29 @@ FAMILIES = {
         "ErnieImageTransformer2DModel", ERNIE, names=("hidden_states", "text_bth"), text_lens=lengths()
     ),
     "PRX": tiny("PRXTransformer2DModel", PRX),
+    "Lumina 2": tiny("Lumina2Transformer2DModel", LUMINA, encoder_attention_mask=same_lengths),
+    "HiDream": tiny(
+        "HiDreamImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 32,
+            "num_attention_heads": 2,
+            "caption_channels": [16, 16],
+            "text_emb_dim": 12,
+            "axes_dims_rope": (8, 12, 12),
+            "max_resolution": (32, 32),
+            "llama_layers": [0, 1, 1, 0],
+            "force_inference_output": True,
+        },
+        sizes=((16, 16), (17, 14)),
+        names=("hidden_states", "encoder_hidden_states_t5"),
+        encoder_hidden_states_llama3=lambda batch, height, width: torch.randn(2, batch, 7, 16),
+        pooled_embeds=pooled,
+        timesteps=lambda batch, height, width: torch.full((batch,), 500.0),
+    ),
 }
 FAMILIES["ERNIE-Image"].inputs["padded text"] = inputs(
     13, 15, batch=3, names=("hidden_states", "text_bth"), text_lens=lengths(11, 4, 7)
@@ -165,7 +210,11 @@ def test_family(family, name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_places(family):
-    check_places(FAMILIES[family], "odd, batch of 2")
+    """Without refiners, in which the tokens of an image meet before the layers."""
+    tiny = FAMILIES[family]
+    if family == "Lumina 2":
+        tiny = replace(tiny, make=lambda: diffusers.Lumina2Transformer2DModel(**LUMINA | {"num_refiner_layers": 0}))
+    check_places(tiny, "odd, batch of 2")
 
 
 def dense_reasons(family, **changed):
@@ -180,10 +229,15 @@ def dense_reasons(family, **changed):
     return {row.why for row in handle.report().rows if row.kind == "dense"}
 
 
+def lumina_batch():
+    return seeded(inputs(16, 16, batch=2, encoder_attention_mask=mask(11, 5)))
+
+
 def test_what_stays_dense():
     assert dense_reasons("CogView 4", attention_mask=mask(7)(1, 0, 0)) == {"mask"}
     assert dense_reasons("GLM-Image", attention_mask=mask(7)(1, 0, 0)) == {"mask"}
     assert dense_reasons("PRX", attention_mask=~mask(7)(1, 0, 0)) == {"mask hides more than the end of the text"}
+    assert dense_reasons("Lumina 2", **lumina_batch()) == {"mask"}
     assert dense_reasons("PRX", encoder_hidden_states=torch.randn(1, 33, 16)) == {"too many keys without a query"}
 
 
