@@ -78,6 +78,8 @@ class Adapter:
             ``"sdpa"`` where they call `torch.nn.functional.scaled_dot_product_attention`.
         pads: whether a mask of keys may hide the end of the text, and nothing else. Without it, calls with a mask stay
             dense.
+        prefix: whether keys may begin with tokens that no query stands for, as those of a cache; `parts` counts them.
+            Without it, calls with fewer queries than keys stay dense.
         processor: a class to run instead of the processor that is there; see `processors`.
         hoist: where tokens can be reordered once a forward.
         prepare: from a forward's arguments those to change before anything else, without a change of the result.
@@ -89,6 +91,7 @@ class Adapter:
     parts: Callable[[Any, Arguments], Parts | LayerParts | str]
     call: str = "dispatch"
     pads: bool = False
+    prefix: bool = False
     processor: type | None = None
     hoist: Hoist | None = None
     prepare: Callable[[Arguments], Mapping[str, Any]] | None = None

@@ -41,6 +41,8 @@ _NOT_SPLIT = (
 _NO_GRADIENT = (
     "a gradient is wanted, and sparse attention has none; run under torch.no_grad(), or configure on_grad='dense'"
 )
+# Rows for keys without a query are computed and thrown away: with fewer queries this costs more than it saves.
+_QUERIES_A_MISSING_ONE = 8
 _serials = itertools.count()
 _layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
 
@@ -124,17 +126,23 @@ class Layer:
             lengths = key_lengths(mask).expand(q.shape[0])
         if _gradient_wanted(q, k, v):
             why = self._without_gradient()
+        missing = 0 if why else k.shape[1] - q.shape[1]
+        if missing:
+            q = torch.cat([q.new_zeros(q.shape[0], missing, *q.shape[2:]), q], dim=1)
         out: Tensor = self.engine.attend(
             self.index, q, k, v, dense, scale=call["scale"], kv_lengths=lengths, why_dense=why
         )
-        return out
+        return out[:, missing:] if out.shape[1] == q.shape[1] else out
 
     def _misfit(self, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> str:
         """What speaks against sparse attention in this call; nothing where it fits."""
         if is_causal:
             return "causal"
-        if q.shape[1] != k.shape[1]:
+        missing = k.shape[1] - q.shape[1]
+        if missing and not self.adapter.prefix:
             return "q and k differ in length"
+        if not 0 <= _QUERIES_A_MISSING_ONE * missing <= q.shape[1]:
+            return "too many keys without a query"
         if mask is None:
             return ""
         if not isinstance(mask, Tensor):

@@ -7,13 +7,15 @@ from math import prod
 import pytest
 import torch
 from diffusers import (
+    BriaFiboTransformer2DModel,
     BriaTransformer2DModel,
+    ChromaTransformer2DModel,
     FluxTransformer2DModel,
     LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
 )
 
-from rainfusion.integrations.diffusers import apply_rainfusion
+from rainfusion.integrations.diffusers import UnknownModelError, apply_rainfusion
 from tests.integrations.diffusers.families import Tiny, check_family, check_places, config, seeded
 
 SIZES = {
@@ -65,6 +67,16 @@ def pooled(batch):
     return torch.randn(batch, 12)
 
 
+def fibo_layers(batch):
+    return [torch.randn(batch, 11, 10) for _ in range(4)]
+
+
+def key_mask(*valid, image=13 * 15):
+    text = torch.arange(11)[None] < torch.tensor(valid)[:, None]
+    mask = torch.cat([text, torch.ones(len(valid), image, dtype=torch.bool)], 1)
+    return {"attention_mask": mask[:, None, None, :]}
+
+
 def tiny(model, settings, references=True, **more):
     cases = {"image": inputs((16, 16), **more), "odd, batch of 2": inputs((13, 15), batch=2, **more)}
     if references:
@@ -77,7 +89,11 @@ FAMILIES = {
     "LongCat-Image": tiny(LongCatImageTransformer2DModel, {"pooled_projection_dim": 12}, first=512),
     "Ovis-Image": tiny(OvisImageTransformer2DModel, {"out_channels": 8}, references=False),
     "Bria": tiny(BriaTransformer2DModel, {}, references=False),
+    "Bria Fibo": tiny(BriaFiboTransformer2DModel, {"text_encoder_dim": 10}, text_encoder_layers=fibo_layers),
 }
+FAMILIES["Bria Fibo"].inputs["padded text"] = inputs(
+    (13, 15), batch=3, text_encoder_layers=fibo_layers, joint_attention_kwargs=lambda batch: key_mask(11, 4, 7)
+)
 CASES = [(family, name) for family, one in FAMILIES.items() for name in one.inputs]
 
 
@@ -102,3 +118,23 @@ def test_ids_that_number_no_images_stay_dense():
             out = model(**arguments).sample
     assert torch.equal(out, untouched)
     assert {row.why for row in handle.report().rows} == {"position ids number no whole images"}
+
+
+def test_a_mask_with_holes_stays_dense():
+    tiny = FAMILIES["Bria Fibo"]
+    model, arguments = tiny.made(), seeded(tiny.inputs["image"])
+    arguments["joint_attention_kwargs"] = key_mask(11, image=256)
+    arguments["joint_attention_kwargs"]["attention_mask"][..., 3] = False
+    with torch.no_grad():
+        untouched = model(**arguments).sample
+        with apply_rainfusion(model, config(tiny, sparsity=0.6)) as handle:
+            out = model(**arguments).sample
+    assert torch.equal(out, untouched)
+    assert {row.why for row in handle.report().rows} == {"mask hides more than the end of the text"}
+
+
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")
+def test_chroma_is_left_alone():
+    chroma = ChromaTransformer2DModel(**SIZES, approximator_num_channels=4, approximator_hidden_dim=8)
+    with pytest.raises(UnknownModelError, match="every pair of tokens"):
+        apply_rainfusion(chroma)

@@ -86,11 +86,15 @@ def rasters(row: Tensor, column: Tensor, image: Tensor) -> list[Raster] | None:
     return found
 
 
-def hides_end_only(mask: Tensor | None) -> bool:
-    """Whether a mask ``[batch, tokens]``, True at valid tokens, hides nothing but the end of every sample."""
-    return mask is None or once(mask, "end", _hides_end_only)
+def hides_end_only(mask: Tensor | None, count: int | None = None) -> bool:
+    """Whether a mask ``[batch, ..., tokens]``, True at valid tokens, hides nothing but the end of every sample.
+
+    Args:
+        count: of how many tokens in front, those of the text; default: of all.
+    """
+    return mask is None or once(mask, ("end", count), lambda mask: _hides_end_only(mask[..., :count]))
 
 
 def _hides_end_only(mask: Tensor) -> bool:
     valid = mask.bool()
-    return not bool((valid[:, 1:] & ~valid[:, :-1]).any())
+    return not bool((valid[..., 1:] & ~valid[..., :-1]).any())

@@ -10,7 +10,6 @@ from rainfusion.integrations.diffusers.adapter import (
     Adapter,
     Arguments,
     Parts,
-    leave_alone,
     register_adapter,
 )
 from rainfusion.integrations.diffusers.models._sizes import hides_end_only
@@ -34,9 +33,4 @@ register_adapter(
         family="Qwen-Image, Edit, Layered",
         tested="one and several images, batches of padded text",
     ),
-)
-leave_alone(
-    "QwenImage21Transformer2DModel",
-    "its attention is block-causal over text and images; the steps that read a cache of keys have fewer queries than "
-    "keys",
 )
