@@ -10,7 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 from torch import nn
@@ -31,61 +30,10 @@ from rainfusion.integrations.diffusers import (
     register_adapter,
     remove_rainfusion,
 )
+from tests.integrations.diffusers.own import OWN, Own, own_model
 from tests.integrations.diffusers.pipelines import LAYERS, happened, inputs, kinds, run, settings, wan, wan_pipeline
 
-
-@pytest.fixture(autouse=True)
-def as_pipelines_run(monkeypatch):
-    """No gradients; and the backend that diffusers' `set_attention_backend` sets for the whole process is set back."""
-    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def own_adapters():
-    """Adapters that a test registers are forgotten after it."""
-    adapter.known()
-    with mock.patch.dict(adapter._ADAPTERS), mock.patch.dict(adapter._LEFT_ALONE):
-        yield
-
-
-class Attention(nn.Module):
-    """Self-attention as an own model may have it: a processor that calls torch's function."""
-
-    def __init__(self, processor):
-        super().__init__()
-        self.heads, self.qkv, self.processor = 2, nn.Linear(32, 96), processor
-
-    def forward(self, x, mask=None):
-        return self.processor(self, x, mask)
-
-
-class Processor:
-    def __call__(self, attn, x, mask=None):
-        q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in attn.qkv(x).chunk(3, dim=-1))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
-class Own(nn.Module):
-    """A model of a 2 x 8 x 8 grid and some text, of which a mask hides the end."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Attention(Processor()) for _ in range(2))
-
-    def forward(self, tokens, mask=None, timestep=None):
-        for block in self.blocks:
-            tokens = tokens + block(tokens, mask)
-        return tokens
-
-
-def own_model():
-    torch.manual_seed(0)
-    return Own().eval()
-
-
-OWN = Adapter(r"blocks\.\d+", lambda model, arguments: (Grid(2, 8, 8), REST), call="sdpa", pads=True)
+pytestmark = pytest.mark.usefixtures("as_pipelines_run")
 
 
 # -- what is found -------------------------------------------------------------------------------------
