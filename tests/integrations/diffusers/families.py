@@ -138,13 +138,16 @@ def check_places(tiny: Tiny, name: str) -> None:
         return attention(q, k, v, **settings)
 
     calls = -1
-    with torch.no_grad(), apply_rainfusion(model, config(tiny, sparsity=0.6, order="layer")):
-        with mock.patch.object(rainfusion, "attention", spy):
-            model(**seeded(tiny.inputs[name]))
-            calls = len(seen)
-            arguments = seeded(tiny.inputs[name])
-            frame, row, column = tiny.touch(arguments)
-            model(**arguments)
+    with (
+        torch.no_grad(),
+        apply_rainfusion(model, config(tiny, sparsity=0.6, order="layer")),
+        mock.patch.object(rainfusion, "attention", spy),
+    ):
+        model(**seeded(tiny.inputs[name]))
+        calls = len(seen)
+        arguments = seeded(tiny.inputs[name])
+        frame, row, column = tiny.touch(arguments)
+        model(**arguments)
     (before, parts), (after, _) = seen[0], seen[calls]
     changed = (before[0] != after[0]).flatten(1).any(1).nonzero().flatten().tolist()
     layout = TokenLayout(parts=parts, block=BLOCK)
