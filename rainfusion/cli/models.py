@@ -60,6 +60,8 @@ def _table(found: list[dict[str, Any]], version: str) -> Table:
 
     table = Table("family", "model", "status", "what was tested, or why it is left alone", box=None, pad_edge=False)
     table.columns[0].style = "bold"
+    table.columns[0].max_width = 24
+    table.columns[1].overflow = "fold"  # a name is never cut
     family = None
     for record in found:
         status, colour = _status(record, version)
