@@ -1,4 +1,4 @@
-"""The command ``rainfusion``: devices, plan, run, parity."""
+"""The command ``rainfusion``: devices, models, plan, run, parity."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from rainfusion.cli.devices import devices
+from rainfusion.cli.models import models
 from rainfusion.cli.parity import parity
 from rainfusion.cli.plan import plan
 from rainfusion.cli.run import run
@@ -18,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (devices, plan, run, parity):
+for command in (devices, models, plan, run, parity):
     app.command()(command)
 
 

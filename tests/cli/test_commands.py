@@ -1,4 +1,6 @@
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,7 +37,7 @@ def test_version():
     assert command("--version").stdout == f"rainfusion {rainfusion.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["devices", "plan", "run", "parity"])
+@pytest.mark.parametrize("name", ["devices", "models", "plan", "run", "parity"])
 def test_every_command_has_help(name):
     answer = command(name, "--help")
     assert answer.exit_code == 0
@@ -84,6 +86,99 @@ def test_devices_as_json():
     assert {"backend": "reference", "device": "cpu", "status": "ready"}.items() <= next(
         row for row in rows if row["backend"] == "reference"
     ).items()
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def known_models(monkeypatch):
+    """Models known to rainfusion: one of this diffusers, one of another, one left alone."""
+    pytest.importorskip("diffusers")
+    from rainfusion.integrations.diffusers import adapter
+
+    def nothing(model, arguments):
+        return ()
+
+    wan = adapter.Adapter("blocks", nothing, family="Wan [2.1]", tested="tiny models")
+    later = adapter.Adapter("blocks", nothing, family="Later")
+    found = {"WanTransformer3DModel": wan, "LaterTransformer3DModel": later}, {"OtherModel": "its mask is [its own]"}
+    monkeypatch.setattr(adapter, "known", lambda: found)
+
+
+def test_models_lists_what_is_known_and_what_is_left_alone(known_models):
+    answer = command("models")
+    assert answer.exit_code == 0
+    lines = [re.split(r"  +", line.strip()) for line in answer.stdout.splitlines()]
+    version = importlib.metadata.version("diffusers")
+    assert lines[1:] == [
+        ["Later", "LaterTransformer3DModel", f"not in diffusers {version}"],
+        ["Wan [2.1]", "WanTransformer3DModel", "known", "tiny models"],
+        ["OtherModel", "left alone", "its mask is [its own]"],
+    ]
+
+
+def test_models_as_json(known_models):
+    record = json.loads(command("models", "--json").stdout)
+    assert record["diffusers"] == importlib.metadata.version("diffusers")
+    assert record["models"][1] == {
+        "family": "Wan [2.1]",
+        "model": "WanTransformer3DModel",
+        "installed": True,
+        "tested": "tiny models",
+        "left_alone": None,
+    }
+    assert [one["left_alone"] for one in record["models"]] == [None, None, "its mask is [its own]"]
+
+
+def test_models_that_are_registered():
+    pytest.importorskip("diffusers")
+    record = json.loads(command("models", "--json").stdout)
+    wan = next(one for one in record["models"] if one["model"] == "WanTransformer3DModel")
+    assert wan["installed"]
+    assert wan["family"].startswith("Wan")
+
+
+WITHOUT_DIFFUSERS = """
+import importlib.metadata, sys
+from rainfusion.cli import main
+
+def version(name, plain=importlib.metadata.version, found={found!r}):
+    if name != "diffusers":
+        return plain(name)
+    if found is None:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found
+
+importlib.metadata.version = version
+sys.argv = ["rainfusion", "models"]
+main()
+"""
+WITHOUT_TORCH = """
+import sys
+from rainfusion.cli import main
+
+sys.modules["torch"] = None
+sys.argv = ["rainfusion", "models"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (WITHOUT_DIFFUSERS.format(found=None), "diffusers is not installed; pip install 'rainfusion[diffusers]'"),
+        (WITHOUT_DIFFUSERS.format(found="0.35.2"), "diffusers 0.35.2 has no registry of attention backends"),
+        (WITHOUT_TORCH, "torch is not installed; pip install 'rainfusion[diffusers]'"),
+    ],
+)
+def test_models_without_what_it_needs(code, said):
+    pytest.importorskip("diffusers")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {said}")
+    assert len(done.stderr.splitlines()) == 1
 
 
 # -- plan ------------------------------------------------------------------------------------------

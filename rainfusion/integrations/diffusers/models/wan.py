@@ -33,4 +33,13 @@ def _projected(output: Tensor, order: Order) -> Tensor:
 
 HOIST = Hoist(arguments=_arguments, outputs={"patch_embedding": _embedded, "rope": _rotary, "proj_out": _projected})
 
-register_adapter("WanTransformer3DModel", Adapter(r"blocks\.\d+\.attn1", _parts, hoist=HOIST, family="Wan 2.1, 2.2"))
+register_adapter(
+    "WanTransformer3DModel",
+    Adapter(
+        r"blocks\.\d+\.attn1",
+        _parts,
+        hoist=HOIST,
+        family="Wan 2.1, 2.2",
+        tested="video, odd grid, batch of 2, one frame, a timestep a token",
+    ),
+)
