@@ -7,7 +7,7 @@ import torch
 from diffusers import Kandinsky5Transformer3DModel, Kandinsky6Transformer3DModel
 
 from rainfusion.integrations.diffusers import UnknownModelError, apply_rainfusion
-from tests.integrations.diffusers.families import Tiny, check_family, check_places
+from tests.integrations.diffusers.families import Tiny, check_family, check_places, config, first
 
 SIZES = {
     "in_visual_dim": 4,
@@ -94,6 +94,19 @@ def test_family(family, name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_places(family):
     check_places(FAMILIES[family], "video")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_nabla_is_left_as_it_is():
+    """The model's own sparse attention, with the backend that it asks for."""
+    model, arguments = KANDINSKY5.made(), kandinsky5(2, 8, 16)()
+    model.set_attention_backend("flex")
+    sparse = {"to_fractal": True, "sta_mask": torch.eye(4, dtype=torch.bool)[None, None], "P": 0.3}
+    with torch.no_grad():
+        untouched = first(model(**arguments, sparse_params=sparse))
+        with apply_rainfusion(model, config(KANDINSKY5, sparsity=0.6)) as handle:
+            assert torch.equal(first(model(**arguments, sparse_params=sparse)), untouched)
+    assert handle.report().count(kind="dense") == 3
 
 
 @pytest.mark.parametrize(

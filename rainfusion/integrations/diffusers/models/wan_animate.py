@@ -7,6 +7,6 @@ from rainfusion.integrations.diffusers.models._video import video_alone
 
 register_adapter(
     "WanAnimateTransformer3DModel",
-    Adapter(r"blocks\.\d+\.attn1", video_alone, family="Wan Animate", tested="video, odd grid, batch of 2, one frame"),
+    Adapter(r"blocks\.\d+\.attn1", video_alone, family="Wan Animate", tested="video, odd grid, batch of 2, two frames"),
 )
 leave_alone("WanAnimate2Transformer3DModel", "its attention is sparse already, by a block mask of its own")
