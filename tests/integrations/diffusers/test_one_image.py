@@ -172,6 +172,21 @@ FAMILIES = {
         "ErnieImageTransformer2DModel", ERNIE, names=("hidden_states", "text_bth"), text_lens=lengths()
     ),
     "PRX": tiny("PRXTransformer2DModel", PRX),
+    "PixArt": tiny(
+        "PixArtTransformer2DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 3,
+            "cross_attention_dim": 64,
+            "sample_size": 32,
+            "caption_channels": 16,
+            "use_additional_conditions": False,
+        },
+        added_cond_kwargs=lambda batch, height, width: {"resolution": None, "aspect_ratio": None},
+    ),
     "Lumina 2": tiny("Lumina2Transformer2DModel", LUMINA, encoder_attention_mask=same_lengths),
     "HiDream": tiny(
         "HiDreamImageTransformer2DModel",
