@@ -255,6 +255,8 @@ class _TakeOver(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.unflatten:  # Python code of torch, which it cannot trace by this name
+            return args[0].unflatten(*args[1:], **kwargs)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         return _take_over(self._place, *args, **kwargs)

@@ -22,8 +22,7 @@ class Attention(nn.Module):
 
 class Processor:
     def __call__(self, attn, x, mask=None):
-        by_head = (*x.shape[:2], attn.heads, -1)
-        q, k, v = (y.reshape(by_head).transpose(1, 2) for y in attn.qkv(x).chunk(3, dim=-1))
+        q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in attn.qkv(x).chunk(3, dim=-1))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
