@@ -69,6 +69,7 @@ class Layer:
     Attributes:
         place: the layer's serial number as a tensor, so that one compiled graph serves all layers.
         processor: the one that leads to rainfusion.
+        on_grad: as in the configuration, for compiled code to read.
     """
 
     def __init__(self, module: Any, index: int, adapter: Adapter, engine: Engine) -> None:
@@ -200,6 +201,8 @@ def _attention(
     """The backend ``rainfusion``; q, k, v and the result are ``[batch, tokens, heads, head_dim]``."""
     if _parallel_config is not None:
         raise ProblemError(_NOT_SPLIT)
+    if dropout_p:
+        raise ProblemError("sparse attention has no dropout; call eval() of the model")
     place = _here.place
     if place is None:
         raise ProblemError(_BY_HAND)
@@ -247,7 +250,10 @@ def _attend(
 
 
 class _TakeOver(torch.overrides.TorchFunctionMode):
-    """Takes over `scaled_dot_product_attention`; q, k and v there are ``[batch, heads, tokens, head_dim]``."""
+    """Takes over `scaled_dot_product_attention`; q, k and v there are ``[batch, heads, tokens, head_dim]``.
+
+    A call with dropout, which sparse attention does not have, is left as it is, and is in no report.
+    """
 
     def __init__(self, place: Tensor) -> None:
         super().__init__()
@@ -273,6 +279,10 @@ def _take_over(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if dropout_p:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return _call(q, k, v, attn_mask, place, is_causal, scale, enable_gqa).transpose(1, 2)
 
