@@ -212,7 +212,11 @@ def _attention(
 def _call(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, place: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Tensor:
-    """`_attend`, or in a graph that is being compiled, one operator that does it when the graph runs."""
+    """`_attend`, or in a graph that is being compiled, one operator that does it when the graph runs.
+
+    Where a graph wants a gradient and the configuration allows it, the graph has dense attention itself, and the
+    report counts the layer as not called.
+    """
     if not torch.compiler.is_compiling():
         return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa)
     if _gradient_wanted(q, k, v) and _here.on_grad == "dense":

@@ -56,8 +56,6 @@ def test_a_subclass_has_its_bases_adapter():
     class Finetuned(WanTransformer3DModel):
         pass
 
-    with apply_rainfusion(wan().__class__(**wan().config)) as handle:
-        assert handle.report().layers == {"WanTransformer3DModel": LAYERS}
     model = wan()
     model.__class__ = Finetuned
     assert apply_rainfusion(model).report().layers == {"Finetuned": LAYERS}
@@ -442,9 +440,7 @@ def test_the_run_after_an_error_is_right(step):
             hooks.clear()
     assert torch.equal(run(pipe), expected)
     last = handle.report().rows[-1].run
-    assert kinds(handle.report(), run=last, context="cond") == ["dense", "sparse", "reused", "dense"] or (
-        kinds(handle.report(), run=last, context="cond") == ["dense", "sparse", "sparse", "dense"]
-    )
+    assert kinds(handle.report(), run=last, context="cond") == ["dense", "sparse", "sparse", "dense"]
 
 
 def test_a_call_of_a_block_outside_of_its_model_is_refused():
