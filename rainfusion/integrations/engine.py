@@ -75,6 +75,7 @@ class Kept(NamedTuple):
     """A mask that was made, and where it fits."""
 
     step: int
+    context: str
     mask: PackedMask
     fits: tuple[Any, ...]
 
@@ -238,7 +239,7 @@ class Engine:
             self._note(moment, layer, REUSED, "", density, stop())
             return out
         out, made = rainfusion.attention(q, k, v, sparsity=share, return_mask=True, **settings)
-        self._masks[place] = Kept(moment.step, made.packed(), fits)
+        self._masks[place] = Kept(moment.step, moment.context, made.packed(), fits)
         self._note(moment, layer, SPARSE, "", density, stop())
         return out
 
@@ -251,8 +252,8 @@ class Engine:
         kept = self._masks.get(place)
         if kept is None or kept.fits != fits or moment.step - kept.step >= self.config.refresh_every:
             return None
-        if not self.config.share_masks and moment.step == kept.step:
-            return None  # another forward of the same step, which the host did not tell apart
+        if moment.step == kept.step and moment.context == kept.context:
+            return None  # a step that begins again, or another forward of it, which the host did not tell apart
         return kept.mask.unpacked()
 
     # -- what planning says --------------------------------------------------------------------------

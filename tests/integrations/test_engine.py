@@ -161,6 +161,13 @@ def test_a_shared_mask_is_made_by_the_first_context(host):
     assert made.kinds() == ["sparse", "reused", "reused"] * 2
 
 
+def test_a_step_that_begins_again_makes_its_masks_anew(host):
+    made = host(share_masks=True, refresh_every=3)
+    for context in ("cond", "uncond", "cond", "uncond"):
+        made.forward(0, context)
+    assert made.kinds() == ["sparse", "reused"] * 2
+
+
 def test_a_shared_mask_can_be_kept_too(host):
     made = host(share_masks=True, refresh_every=2)
     for step in range(3):

@@ -30,7 +30,8 @@ def apply_rainfusion(target: Any, config: RainFusionConfig | None = None, **sett
     """Make the self-attention of a pipeline's transformers sparse.
 
     Args:
-        target: a pipeline, whose transformers share one clock; or a model, or several.
+        target: a pipeline, whose transformers share one clock; or a model, or several. A loop of your own that does
+            not step the pipeline's scheduler needs the model instead, whose timesteps are then the clock.
         config: how; or its arguments by name.
 
     Returns:
@@ -84,7 +85,7 @@ def models_of(target: Any) -> tuple[dict[str, nn.Module], Any]:
         found = {name: _unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
         known = {name: model for name, model in found.items() if adapter_of(model)}
         if known:
-            return known, target
+            return _once(known), target
         denoisers = [model for name, model in found.items() if name.startswith(("transformer", "unet"))]
         if denoisers:
             raise refusal(denoisers[0])
@@ -92,7 +93,7 @@ def models_of(target: Any) -> tuple[dict[str, nn.Module], Any]:
     if isinstance(target, Iterable) and not isinstance(target, str):
         models = [_unwrapped(model) for model in target if isinstance(model, nn.Module)]
         if models:
-            return {f"{type(model).__name__} {i}": model for i, model in enumerate(models)}, None
+            return _once({f"{type(model).__name__} {i}": model for i, model in enumerate(models)}), None
     raise UnknownModelError(f"{type(target).__name__} is neither a pipeline nor a model; give one of them")
 
 
@@ -322,6 +323,12 @@ def _applied(model: nn.Module) -> list[Applied]:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
+
+
+def _once(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The same models without those that are named twice."""
+    names = {id(model): name for name, model in reversed(models.items())}
+    return {name: model for name, model in models.items() if names[id(model)] == name}
 
 
 def _holder_of(model: nn.Module, modules: Iterable[str]) -> nn.Module:

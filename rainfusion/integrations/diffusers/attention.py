@@ -71,6 +71,7 @@ class Layer:
     Attributes:
         place: the layer's serial number as a tensor, so that one compiled graph serves all layers.
         processor: the one that leads to rainfusion.
+        on_grad: as in the configuration, for compiled code to read.
     """
 
     def __init__(self, module: Any, index: int, adapter: Adapter, engine: Engine) -> None:
@@ -208,6 +209,8 @@ def _attention(
     """The backend ``rainfusion``; q, k, v and the result are ``[batch, tokens, heads, head_dim]``."""
     if _parallel_config is not None:
         raise ProblemError(_NOT_SPLIT)
+    if dropout_p:
+        raise ProblemError("sparse attention has no dropout; call eval() of the model")
     place = _here.place
     if place is None:
         raise ProblemError(_BY_HAND)
@@ -217,7 +220,11 @@ def _attention(
 def _call(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, place: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Tensor:
-    """`_attend`, or in a graph that is being compiled, one operator that does it when the graph runs."""
+    """`_attend`, or in a graph that is being compiled, one operator that does it when the graph runs.
+
+    Where a graph wants a gradient and the configuration allows it, the graph has dense attention itself, and the
+    report counts the layer as not called.
+    """
     if not torch.compiler.is_compiling():
         return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa)
     if _gradient_wanted(q, k, v) and _here.on_grad == "dense":
@@ -255,7 +262,10 @@ def _attend(
 
 
 class _TakeOver(torch.overrides.TorchFunctionMode):
-    """Takes over `scaled_dot_product_attention`; q, k and v there are ``[batch, heads, tokens, head_dim]``."""
+    """Takes over `scaled_dot_product_attention`; q, k and v there are ``[batch, heads, tokens, head_dim]``.
+
+    A call with dropout, which sparse attention does not have, is left as it is, and is in no report.
+    """
 
     def __init__(self, place: Tensor) -> None:
         super().__init__()
@@ -263,6 +273,8 @@ class _TakeOver(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.unflatten:  # Python code of torch, which it cannot trace by this name
+            return args[0].unflatten(*args[1:], **kwargs)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         return _take_over(self._place, *args, **kwargs)
@@ -279,6 +291,10 @@ def _take_over(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if dropout_p:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return _call(q, k, v, attn_mask, place, is_causal, scale, enable_gqa).transpose(1, 2)
 

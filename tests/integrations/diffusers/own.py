@@ -21,10 +21,11 @@ class Attention(nn.Module):
 
 
 class Processor:
+    dropout = 0.0
+
     def __call__(self, attn, x, mask=None):
-        by_head = (*x.shape[:2], attn.heads, -1)
-        q, k, v = (y.reshape(by_head).transpose(1, 2) for y in attn.qkv(x).chunk(3, dim=-1))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in attn.qkv(x).chunk(3, dim=-1))
+        return F.scaled_dot_product_attention(q, k, v, mask, self.dropout).transpose(1, 2).flatten(2)
 
 
 class Own(nn.Module):
