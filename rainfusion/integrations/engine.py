@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
@@ -133,18 +133,23 @@ class Engine:
         self._unnamed = (step, count)
         return "" if count == 1 else f"#{count}"
 
-    def end(self, *, complete: bool = True) -> None:
+    def end(self, *, complete: bool = True, replaced: Collection[int] = ()) -> None:
         """The forward is over, and layers that were not called are noted.
 
         Args:
             complete: False where it failed: its run is over then, and the next forward starts another one.
+            replaced: layers whose attention the host took elsewhere.
         """
         forward, self._forward = self._forward, None
         if not complete:
             self.reset()
         elif forward is not None:
             for layer in range(self.layers):
-                if layer not in forward.called:
+                if layer in forward.called:
+                    continue
+                if layer in replaced:
+                    self._note(forward.moment, layer, DENSE, "another attention was set", 1.0)
+                else:
                     self._note(forward.moment, layer, SKIPPED, "not called")
 
     def reset(self) -> None:
@@ -221,7 +226,7 @@ class Engine:
         settings = {
             "parts": parts,
             "block": config.block,
-            "window": config.window if any(isinstance(part, Grid) for part in parts) else None,
+            "window": config.window if has_grid(parts) else None,
             "omitted": config.omitted,
             "order": forward.order,
             "tensor_layout": "bshd",

@@ -143,7 +143,7 @@ class Applied:
         self._holder = _holder_of(model, modules)
         self._hooks: list[Any] = []
         self._order: TokenLayout | None = None
-        self._said = False
+        self._lost: list[int] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Applied:
         twin = memo[id(self)] = object.__new__(Applied)
@@ -225,7 +225,7 @@ class Applied:
     @torch.compiler.disable
     def _after(self, model: nn.Module, args: Any, output: Any) -> Any:
         forget_place()
-        self.engine.end(complete=output is not None)
+        self.engine.end(complete=output is not None, replaced=self._lost)
         hoist, order = self.adapter.hoist, self._order
         self._order = None
         if order is None or hoist is None or hoist.result is None or output is None:
@@ -241,7 +241,7 @@ class Applied:
     def _look(self) -> None:
         """Say once where something has replaced processors since: those layers are dense."""
         lost = [layer.index for layer in self.layers if not layer.is_bound]
-        if lost and not self._said:
+        if lost and not self._lost:
             warnings.warn(
                 f"{len(lost)} of {len(self.layers)} layers of {self.engine.name} no longer call rainfusion and are "
                 "dense: something has replaced their processors or attention backend (set_attn_processor, "
@@ -249,7 +249,7 @@ class Applied:
                 RainfusionWarning,
                 stacklevel=2,
             )
-        self._said = bool(lost)
+        self._lost = lost
 
     def _reading(self, arguments: Mapping[str, Any]) -> Reading:
         """What the host says of this forward: the context, or else the scheduler, knows the step."""
