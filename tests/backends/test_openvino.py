@@ -34,6 +34,7 @@ from openvino import opset13 as op  # noqa: E402
 from rainfusion.backends.openvino import (  # noqa: E402
     attend,
     block_means,
+    block_scores,
     copies,
     lengths,
     mask_chain,
@@ -41,7 +42,7 @@ from rainfusion.backends.openvino import (  # noqa: E402
     processes,
     runtime,
     schedule,
-    select_blocks,
+    selection,
     tensors,
 )
 from rainfusion.backends.openvino.backend import OpenVinoBackend  # noqa: E402
@@ -571,6 +572,67 @@ class TestSelection:
             expected = chosen.meaning(score, quotas.astype(np.int32), valid)
         np.testing.assert_array_equal(_selected(chosen, score, quotas.astype(np.int32), valid), expected)
 
+    @pytest.mark.parametrize("way", [{}, {"over": "all"}, {"mass": 0.7}, {"mass": 0.7, "over": "all"}])
+    @pytest.mark.parametrize("quota", ["one", "by head", "by row", "none", "more than there are"])
+    @pytest.mark.parametrize("at_once", [1, 700, selection._AT_ONCE])
+    def test_rows_in_pieces_are_those_of_the_definition_to_the_bit(self, rng, monkeypatch, way, quota, at_once):
+        monkeypatch.setattr(selection, "_AT_ONCE", at_once)
+        monkeypatch.setattr(copies, "_SHARE_BYTES", 64)
+        monkeypatch.setattr(copies, "parallel_streams", lambda device: 3)
+        q, kv = BlockedAxis(37 * 16, 16, True, 33 * 16), BlockedAxis(53 * 16 - 5, 16, True, 50 * 16)
+        score = rng.standard_normal((3, 4, q.blocks, kv.blocks)).astype(np.float32)
+        score[:, :, 5:9] = score[:, :, 5:9].round()  # ties, also between 0 and -0
+        score[rng.random(score.shape) < 0.02] = np.nan
+        score[0, 1, 2], score[1, 2, 3], score[:, 3, 7, ::2] = np.nan, np.inf, -np.inf
+        shape = (1 if quota == "one" else 4, q.free_blocks)
+        made = {
+            "one": np.full(shape, 11),
+            "by head": np.repeat([[3], [50], [0], [17]], q.free_blocks, axis=1),
+            "by row": rng.integers(-1, 60, shape),
+            "none": np.zeros(shape),
+            "more than there are": np.full(shape, 99),
+        }
+        quotas = made[quota].astype(np.int32)
+        for valid in (None, np.array([kv.length, 20 * 16 + 3, 0], np.int32)):
+            reads = {"score": "%score", "quotas": "%quotas", "lengths": None if valid is None else "%kv_lengths"}
+            chosen = ops.Select(**reads, mask="%mask", q=q, kv=kv, **way)
+            values, before = {"%score": score, "%quotas": quotas, "%kv_lengths": valid}, score.copy()
+            found = _selected(chosen, score, quotas, valid)
+            np.testing.assert_array_equal(found, chosen.evaluate(values)["%mask"])
+            np.testing.assert_array_equal(score, before)
+
+    @pytest.mark.parametrize("columns", [1, 300, 3000])
+    def test_quotas_that_differ_from_row_to_row(self, rng, columns):
+        q, kv = (BlockedAxis(length, 1, True, length) for length in (50, columns))
+        score = rng.standard_normal((1, 2, 50, columns)).astype(np.float32)
+        quotas = rng.integers(0, columns + 1, (2, 50)).astype(np.int32)
+        chosen = ops.Select(score="%score", quotas="%quotas", mask="%mask", q=q, kv=kv)
+        mask = _selected(chosen, score, quotas, None)
+        np.testing.assert_array_equal(mask, chosen.meaning(score, quotas, None))
+        np.testing.assert_array_equal(mask.sum(axis=-1)[0], quotas)
+
+    @pytest.mark.parametrize("mass", [None, 0.6])
+    def test_scores_may_lie_anywhere_in_memory(self, rng, mass):
+        q, kv = BlockedAxis(9, 1, True, 8), BlockedAxis(11, 1, True, 9)
+        score = rng.standard_normal((2, 9, 3, 22)).astype(np.float32).transpose(0, 2, 1, 3)[..., ::2]
+        quotas = rng.integers(0, 9, (3, 8)).astype(np.int32)
+        chosen = ops.Select(score="%score", quotas="%quotas", mask="%mask", q=q, kv=kv, mass=mass)
+        expected = chosen.meaning(np.ascontiguousarray(score), quotas, None)
+        np.testing.assert_array_equal(_selected(chosen, score, quotas, None), expected)
+
+    @pytest.mark.parametrize("valid", [-(2**31), -20, 0, 1, 16, 17, 2**31 - 1])
+    def test_columns_without_tokens_are_taken_last(self, rng, valid):
+        axis = BlockedAxis(10 * 16, 16, True, 10 * 16)
+        score = rng.standard_normal((1, 2, 10, 10)).astype(np.float32)
+        reads = {"score": "%score", "quotas": "%quotas", "lengths": "%kv_lengths"}
+        chosen = ops.Select(**reads, mask="%mask", q=axis, kv=axis)
+        quotas, lengths_ = np.full((1, 10), 3, np.int32), np.array([valid], np.int32)
+        mask = _selected(chosen, score, quotas, lengths_)
+        np.testing.assert_array_equal(mask, chosen.meaning(score, quotas, lengths_))
+        there = min(-(-max(valid, 0) // 16), 10)
+        assert (mask[..., :there].sum(axis=-1) == min(there, 3)).all()
+        assert (mask.sum(axis=-1) == 3).all()
+
     @pytest.mark.parametrize("per_head", [False, True])
     def test_quotas_at_call_time_are_those_of_a_plan_that_has_them(self, rng, per_head):
         problem, layout = rainfusion.AttentionProblem(1, 4, 1280, 1280, 16), rainfusion.TokenLayout((5, 16, 16))
@@ -608,11 +670,10 @@ class TestSelection:
         np.testing.assert_allclose(run(values)["%score"], score.meaning(qb, kb, prior), atol=1e-6)
 
     def test_plans_of_all_shapes_share_one_graph(self, rng):
-        selection = select_blocks.selection_requests
-        selection.clear()
+        block_scores.score_requests.clear()
         for length in (256, 300, 640, 900):
             lowered(rainfusion.AttentionProblem(1, 2, length, length, 16))(*qkv(rng, 1, 2, length, 16))
-        assert selection.size() == 1
+        assert block_scores.score_requests.size() == 1
 
 
 def _reading(op_: ops.Op, chosen: ops.Select, score: str) -> ops.Op:

@@ -36,7 +36,7 @@ def reorder(table: np.ndarray, numbers: np.ndarray, out: np.ndarray, device: Dev
     def copy(cut: slice) -> None:
         np.take(source, numbers[cut], axis=0, out=target[cut], mode="clip")  # which, unlike "raise", has no buffer
 
-    _in_shares(copy, len(numbers), target.nbytes, device)
+    in_shares(copy, len(numbers), target.nbytes, device)
 
 
 def converted(x: np.ndarray, dtype: np.dtype, device: Device) -> np.ndarray:
@@ -44,19 +44,23 @@ def converted(x: np.ndarray, dtype: np.dtype, device: Device) -> np.ndarray:
     if x.dtype == dtype:
         return x
     made = np.empty_like(x, dtype)
-    _in_shares(lambda heads: np.copyto(made[:, heads], x[:, heads]), x.shape[1], made.nbytes, device)
+    in_shares(lambda heads: np.copyto(made[:, heads], x[:, heads]), x.shape[1], made.nbytes, device)
     return made
 
 
-def _in_shares(copy: Callable[[slice], None], count: int, size: int, device: Device) -> None:
-    """Call `copy` with slices of ``range(count)``, in this thread and others; `size` is what they write, in bytes."""
+def in_shares(work: Callable[[slice], None], count: int, size: int, device: Device) -> None:
+    """Call `work` with slices of ``range(count)``, in this thread and others.
+
+    Args:
+        size: bytes that it copies, or those whose copying would take as long.
+    """
     shares = min(count, _THREADS, parallel_streams(device), 1 + size // _SHARE_BYTES)
     if shares < 2:
-        copy(slice(count))
+        work(slice(0, count))
         return
     mine, *others = cuts(count, -(-count // shares))
     with ThreadPoolExecutor(len(others)) as threads:
-        running = [threads.submit(copy, cut) for cut in others]
-        copy(mine)
+        running = [threads.submit(work, cut) for cut in others]
+        work(mine)
     for share in running:
         share.result()

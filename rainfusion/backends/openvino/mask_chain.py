@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from rainfusion.backends.openvino.block_means import BlockMeans
+from rainfusion.backends.openvino.block_scores import BlockScores
 from rainfusion.backends.openvino.constants import constant_order, require
-from rainfusion.backends.openvino.selection import Score, Selection
+from rainfusion.backends.openvino.selection import Selection
 from rainfusion.core.backend import Device, Kernel, Run, Segment
 from rainfusion.core.layout import BlockedAxis
 from rainfusion.core.ops import BlockMean, BlockScore, Select
@@ -25,10 +26,10 @@ def build_mask_chain(segment: Segment, plan: Plan, device: Device) -> Run:
     """
     stages = Stages.of(segment)
     means = [(op, _block_means(op, plan, device)) for op in stages.means]
-    score = None if stages.score is None else Score(stages.score, _shape(stages.score.score, plan), device)
+    score = None if stages.score is None else _block_scores(stages.score, plan, device)
     selection = None
     if stages.select is not None:
-        # A score that nothing else reads is made only where the selection reads it, in the same graph.
+        # A score that nothing else reads is made only where the selection reads it.
         inner = None if score is None or segment.wants(score.op.score) else score
         selection = Selection(stages.select, _shape(stages.select.score, plan), device, inner)
         score = None if inner is not None else score
@@ -53,6 +54,11 @@ MASK_CHAIN = Kernel(frozenset({BlockMean, BlockScore, Select}), build_mask_chain
 def _shape(score: str, plan: Plan) -> tuple[int, ...]:
     require(plan.types[score].dtype == "float32", f"no scores of {plan.types[score].dtype}")
     return plan.types[score].shape
+
+
+def _block_scores(op: BlockScore, plan: Plan, device: Device) -> BlockScores:
+    _shape(op.score, plan)
+    return BlockScores(op, device)
 
 
 def _block_means(op: BlockMean, plan: Plan, device: Device) -> BlockMeans:

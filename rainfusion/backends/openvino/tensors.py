@@ -18,7 +18,6 @@ ELEMENTS = {
     BFLOAT16: ov.Type.bf16,
     np.dtype(np.int32): ov.Type.i32,
     np.dtype(np.int64): ov.Type.i64,
-    np.dtype(bool): ov.Type.boolean,
 }
 
 
