@@ -68,7 +68,7 @@ def _table(found: list[dict[str, Any]], version: str) -> Table:
         shown = "" if record["family"] == family else record["family"]
         family = record["family"]
         said = record["left_alone"] or record["tested"]
-        table.add_row(escape(shown), record["model"], f"[{colour}]{status}[/]", escape(said))
+        table.add_row(escape(shown), escape(record["model"]), f"[{colour}]{status}[/]", escape(said))
     return table
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+from rainfusion.core.checks import LARGEST, as_int, one_of, shown
 from rainfusion.core.errors import PolicyError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.parts import Sink
@@ -22,6 +23,7 @@ Shares = Share | Mapping[int, Share]
 _CHOICES = {"omitted": ("drop", "summary"), "order": ("auto", "layer"), "on_grad": ("raise", "dense")}
 _COUNTS = {"num_steps": 1, "refresh_every": 1, "min_blocks": 0, "report_rows": 0}
 _OPTIONAL = ("num_steps", "min_blocks")
+_MOST_DIGITS = 10
 
 
 class ConfigError(PolicyError):
@@ -81,22 +83,22 @@ class RainFusionConfig:
         self._set("sparsity_from_step", _by_step(self.sparsity_from_step))
         self._set("dense_steps", _pair(self.dense_steps))
         self._set("dense_layers", _layers(self.dense_layers))
-        for name in ("block", "window", "sink"):
-            value = getattr(self, name)
-            self._set(name, tuple(value) if isinstance(value, list) else value)
         TokenLayout((2, 64, 64), window=self.window, block=self.block, sink=self.sink)  # refuses what is none
+        for name in ("block", "window", "sink"):
+            self._set(name, _unaliased(getattr(self, name)))
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}")
+            one_of(getattr(self, name), allowed, name, ConfigError)
         for name, least in _COUNTS.items():
             value = getattr(self, name)
-            if not _is_count(value, least) and not (value is None and name in _OPTIONAL):
-                raise ConfigError(f"{name}={value!r} is not a whole number from {least} on")
+            if value is not None or name not in _OPTIONAL:
+                self._set(name, as_int(value, name, ConfigError, minimum=least))
         for name in ("share_masks", "timed"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is neither True nor False")
+                raise ConfigError(f"{name}={shown(getattr(self, name))} is neither True nor False")
         if not isinstance(self.backend, str | None):
-            raise ConfigError(f"backend={self.backend!r} is not the name of a backend; `rainfusion devices` lists them")
+            raise ConfigError(
+                f"backend={shown(self.backend)} is not the name of a backend; `rainfusion devices` lists them"
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -119,14 +121,35 @@ class RainFusionConfig:
             ConfigError: not a JSON object, or an argument that there is not.
         """
         try:
-            record = json.loads(text)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"a configuration is a JSON object, and this is not JSON: {error}") from None
+            record = json.loads(text, object_pairs_hook=_without_duplicates)
+        except (TypeError, ValueError, RecursionError) as error:
+            said = str(error)[:200]
+            raise ConfigError(f"a configuration is a JSON object, and this is not one: {said}") from None
+        if not isinstance(record, dict):
+            raise ConfigError(f"a configuration is a JSON object, and this is a {type(record).__name__}")
+        return cls.of(record)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> RainFusionConfig:
+        """The configuration with these arguments by name.
+
+        Raises:
+            ConfigError: an argument that there is not, or a value out of range.
+        """
         known = [f.name for f in fields(cls)]
-        if not isinstance(record, dict) or {*record} - {*known}:
-            unknown = ", ".join(sorted({*record} - {*known})) if isinstance(record, dict) else type(record).__name__
-            raise ConfigError(f"{unknown} is no argument of a configuration; choose from {', '.join(known)}")
-        return cls(**record)
+        if unknown := [name for name in settings if name not in known]:
+            raise ConfigError(
+                f"{', '.join(map(shown, unknown[:3]))} is no argument of a configuration; choose from "
+                f"{', '.join(known)}"
+            )
+        return cls(**settings)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a name is there twice")
+    return record
 
 
 def _plain(value: Any) -> Any:
@@ -135,9 +158,16 @@ def _plain(value: Any) -> Any:
     return [*value] if isinstance(value, tuple) else value
 
 
+def _unaliased(value: Any) -> Any:
+    """A number, text or sequence that was checked, as Python's own type."""
+    if isinstance(value, list | tuple):
+        return tuple(_unaliased(item) for item in value)
+    return value if value is None or isinstance(value, str) else int(value)
+
+
 def _shares(value: Any, name: str) -> Shares:
     if isinstance(value, Mapping):
-        shares = {_index(key, name): _share(item, f"{name}[{key}]") for key, item in value.items()}
+        shares = {_index(key, name): _share(item, f"{name}[{shown(key)}]") for key, item in value.items()}
         return MappingProxyType(dict(sorted(shares.items())))
     return _share(value, name)
 
@@ -151,34 +181,30 @@ def _share(value: Any, name: str) -> Share:
 
 
 def _by_step(value: Any) -> Mapping[int, Shares]:
+    name = "sparsity_from_step"
     if not isinstance(value, Mapping):
-        raise ConfigError(f"sparsity_from_step={value!r} is not a mapping; give {{10: 0.9}}, for example")
-    steps = {
-        _index(step, "sparsity_from_step"): _shares(item, f"sparsity_from_step[{step}]") for step, item in value.items()
-    }
+        raise ConfigError(f"{name}={shown(value)} is not a mapping; give {{10: 0.9}}, for example")
+    steps = {_index(step, name): _shares(item, f"{name}[{shown(step)}]") for step, item in value.items()}
     return MappingProxyType(dict(sorted(steps.items())))
 
 
 def _index(key: Any, name: str) -> int:
-    number = int(key) if isinstance(key, str) and key.removeprefix("-").isdigit() else key
-    if not _is_count(number, 0):
-        raise ConfigError(f"{name} has the key {key!r}; keys are whole numbers from 0 on")
-    return int(number)
+    """A layer or step; JSON writes it as text."""
+    is_written = isinstance(key, str) and len(key) <= _MOST_DIGITS and key.isascii() and key.isdecimal()
+    number = int(key) if is_written else key
+    if isinstance(key, str) and str(number) != key:
+        raise ConfigError(f"{name} has the key {shown(key)}; write {number}")
+    return as_int(number, f"a key of {name}", ConfigError, minimum=0)
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, list | tuple) else ()
-    if len(pair) != 2 or not all(_is_count(item, 0) for item in pair):
-        raise ConfigError(f"dense_steps={value!r} is not (steps at the start, steps at the end)")
-    return pair  # type: ignore[return-value]
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ConfigError(f"dense_steps={shown(value)} is not (steps at the start, steps at the end)")
+    first, last = (as_int(item, "dense_steps", ConfigError, minimum=0) for item in value)
+    return first, last
 
 
 def _layers(value: Any) -> tuple[int, ...]:
-    layers = tuple(value) if isinstance(value, list | tuple) else None
-    if layers is None or not all(isinstance(item, int) and not isinstance(item, bool) for item in layers):
-        raise ConfigError(f"dense_layers={value!r} is not a tuple of layer numbers")
-    return layers
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"dense_layers={shown(value)} is not a tuple of layer numbers")
+    return tuple(as_int(item, "dense_layers", ConfigError, minimum=-LARGEST) for item in value)

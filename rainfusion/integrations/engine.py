@@ -26,6 +26,7 @@ from rainfusion.integrations.clock import Clock, Moment, Reading
 from rainfusion.integrations.config import RainFusionConfig, Share
 from rainfusion.integrations.report import DENSE, REUSED, SKIPPED, SPARSE, Log, Row
 from rainfusion.integrations.schedule import Schedule
+from rainfusion.plugins import manager as plugins
 
 Array = Any
 
@@ -72,12 +73,11 @@ class Assessment:
 
 
 class Kept(NamedTuple):
-    """A mask that was made, and where it fits."""
+    """A mask, and when it was made."""
 
     step: int
     context: str
     mask: PackedMask
-    fits: tuple[Any, ...]
 
 
 class Engine:
@@ -91,14 +91,17 @@ class Engine:
 
     Raises:
         ConfigError: a configuration that does not fit the model.
+        BackendError: the backend that the configuration names is unknown or not available.
     """
 
     def __init__(self, config: RainFusionConfig, layers: int, clock: Clock, log: Log, name: str) -> None:
         self.config, self.layers, self.name = config, layers, name
         self.clock, self.log = clock, log
         self.schedule = Schedule(config, layers)
+        if config.backend is not None:
+            plugins.host().backend(config.backend)  # refuses one that is not there
         self._forward: Forward | None = None
-        self._masks: dict[tuple[str, int, int], Kept] = {}
+        self._masks: dict[tuple[Any, ...], Kept] = {}
         self._run = -1
         self._unnamed = (-1, 0)
         self._assessed: LruDict[Assessment] = LruDict(256)
@@ -120,6 +123,8 @@ class Engine:
         Forwards of one step that the host does not name are told apart by their order: "", "#2", "#3", "#4".
         """
         moment = self.clock.tick(reading, needs_step=self.schedule.needs_step)
+        if moment.steps is None:
+            moment = moment._replace(steps=self.config.num_steps)
         if moment.run != self._run:
             self._masks.clear()
             self._run, self._unnamed = moment.run, (-1, 0)
@@ -188,6 +193,7 @@ class Engine:
             raise LayoutError(
                 f"layer {layer} of {self.name} was called outside of a forward of its model; call the model itself"
             )
+        self.schedule.check_heads(q.shape[2])
         forward.called[layer] = forward.called.get(layer, 0) + 1
         stop = self._stopwatch(q)
         share: Share | None = None
@@ -237,14 +243,14 @@ class Engine:
             out = rainfusion.attention(q, k, v, sparsity=share, **settings)
             self._note(moment, layer, SPARSE, "", density, stop())
             return out
-        place, fits = self._place(forward, layer), (parts, share, forward.order, *map(array_facts, (q, k)))
-        mask = self._kept_mask(place, moment, fits)
+        place = (self._place(forward, layer), parts, share, forward.order, *map(array_facts, (q, k)))
+        mask = self._kept_mask(place, moment)
         if mask is not None:
             out = rainfusion.attention(q, k, v, mask=mask, **settings)
             self._note(moment, layer, REUSED, "", density, stop())
             return out
         out, made = rainfusion.attention(q, k, v, sparsity=share, return_mask=True, **settings)
-        self._masks[place] = Kept(moment.step, moment.context, made.packed(), fits)
+        self._masks[place] = Kept(moment.step, moment.context, made.packed())
         self._note(moment, layer, SPARSE, "", density, stop())
         return out
 
@@ -252,10 +258,10 @@ class Engine:
         """Where a mask is kept: a layer may be called several times a forward, once a sample for example."""
         return ("" if self.config.share_masks else forward.moment.context, layer, forward.called[layer])
 
-    def _kept_mask(self, place: tuple[str, int, int], moment: Moment, fits: tuple[Any, ...]) -> BlockMask | None:
-        """The mask that an earlier call made, where it fits this one and is young enough."""
+    def _kept_mask(self, place: tuple[Any, ...], moment: Moment) -> BlockMask | None:
+        """The mask that an earlier call like this one made, where it is young enough."""
         kept = self._masks.get(place)
-        if kept is None or kept.fits != fits or moment.step - kept.step >= self.config.refresh_every:
+        if kept is None or moment.step - kept.step >= self.config.refresh_every:
             return None
         if moment.step == kept.step and moment.context == kept.context:
             return None  # a step that begins again, or another forward of it, which the host did not tell apart

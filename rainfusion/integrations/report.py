@@ -111,6 +111,7 @@ class Report:
 
     def table(self) -> Table:
         """The rows by model, context and step, as a `rich.table.Table`."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=self._title(), title_justify="left", box=None, pad_edge=False)
@@ -119,7 +120,7 @@ class Report:
             table.add_column(name, justify="right" if name in ("density", "ms") else "left")
         for group in _alike(self.rows):
             ms = sum(row.ms or 0 for rows in group.steps.values() for row in rows) / len(group.steps)
-            table.add_row(*group.cells(), *([f"{ms:.2f}"] * timed))
+            table.add_row(*map(escape, group.cells()), *([f"{ms:.2f}"] * timed))
         return table
 
     def _title(self) -> str:
@@ -143,7 +144,7 @@ class Report:
         return "\n".join([self._title(), *(line.rstrip() for line in text.getvalue().splitlines())]).rstrip()
 
     def heatmap(self, path: str | PathLike[str]) -> None:
-        """Density by step and layer, a panel a model and context, as a PNG.
+        """Density by step and layer of the last run, a panel a model and context (at most 8), as a PNG.
 
         Raises:
             PictureError: matplotlib is not installed, or the file cannot be written.
@@ -178,13 +179,13 @@ def _alike(rows: Iterable[Row]) -> list[_Group]:
         steps.setdefault((row.model, row.run, row.context), {}).setdefault(row.step, []).append(row)
     groups: list[_Group] = []
     for key, by_step in steps.items():
-        last = None
+        last, previous = None, -1
         for step, of_step in by_step.items():
             what = [(row.layer, row.kind, row.why, row.density) for row in of_step]
-            if last != what:
+            if last != what or step != previous + 1:
                 groups.append(_Group(key, {}))
             groups[-1].steps[step] = of_step
-            last = what
+            last, previous = what, step
     return groups
 
 

@@ -33,11 +33,28 @@ class Schedule:
 
     def __init__(self, config: RainFusionConfig, layers: int) -> None:
         self._config, self._layers = config, layers
+        self._heads: int | None = None
         self._dense_layers = frozenset(layer + layers if layer < 0 else layer for layer in config.dense_layers)
         named = [config.sparsity, *config.sparsity_from_step.values()]
         by_layer = {layer for shares in named if isinstance(shares, Mapping) for layer in shares}
         if wrong := sorted(layer for layer in self._dense_layers | by_layer if not 0 <= layer < layers):
             raise ConfigError(f"layers {', '.join(map(str, wrong))} are named, and the model has {layers}, from 0 on")
+
+    def check_heads(self, heads: int) -> None:
+        """Refuse shares for another number of heads, before a step that needs them comes.
+
+        Raises:
+            ConfigError: it says which shares, and how many heads there are.
+        """
+        if self._heads == heads:
+            return
+        for name, shares in {"sparsity": self._config.sparsity, **_named(self._config.sparsity_from_step)}.items():
+            by_layer = shares if isinstance(shares, Mapping) else {"": shares}
+            for layer, share in by_layer.items():
+                if isinstance(share, tuple) and len(share) not in (1, heads):
+                    where = f"{name}[{layer}]" if layer != "" else name
+                    raise ConfigError(f"{where} has {len(share)} shares, one a head, and the model has {heads} heads")
+        self._heads = heads
 
     @property
     def needs_step(self) -> bool:
@@ -82,3 +99,7 @@ class Schedule:
 
 def _skips(share: Share) -> bool:
     return any(share) if isinstance(share, tuple) else share > 0
+
+
+def _named(by_step: Mapping[int, Shares]) -> dict[str, Shares]:
+    return {f"sparsity_from_step[{step}]": shares for step, shares in by_step.items()}

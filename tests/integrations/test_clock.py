@@ -97,3 +97,20 @@ def test_forwards_of_a_context_are_counted_where_nothing_is_known():
 
 def test_one_step_of_one_level_stays_one_step():
     assert places(ticks(Clock(), [at(5)] * 4)) == [(0, 0)] * 4
+
+
+def test_a_step_that_stands_while_the_noise_level_changes_is_not_believed():
+    """Another pipeline runs than the one whose scheduler is asked."""
+    readings = [Reading(None, 0, 4, lambda level=level: level) for level in (900, 500, 100, 900, 500)]
+    assert places(ticks(Clock(), readings)) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_several_forwards_of_a_step_are_believed():
+    readings = [Reading(None, step, 4, lambda step=step: -step) for step in (0, 0, 1, 1, 1, 2)]
+    assert places(ticks(Clock(), readings)) == [(0, 0), (0, 0), (0, 1), (0, 1), (0, 1), (0, 2)]
+
+
+def test_another_mark_is_another_run():
+    marks = object(), object()
+    readings = [Reading(None, 0, 4, None, mark) for mark in (marks[0], marks[0], marks[1], marks[1])]
+    assert places(ticks(Clock(), readings)) == [(0, 0), (0, 0), (1, 0), (1, 0)]

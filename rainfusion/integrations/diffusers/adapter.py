@@ -83,6 +83,7 @@ class Adapter:
         processor: a class to run instead of the processor that is there; see `processors`.
         hoist: where tokens can be reordered once a forward.
         prepare: from a forward's arguments those to change before anything else, without a change of the result.
+        timestep: the forward's argument that is the noise level.
         family: of the model, for `rainfusion models`.
         tested: what was tested.
     """
@@ -95,6 +96,7 @@ class Adapter:
     processor: type | None = None
     hoist: Hoist | None = None
     prepare: Callable[[Arguments], Mapping[str, Any]] | None = None
+    timestep: str = "timestep"
     family: str = ""
     tested: str = ""
 

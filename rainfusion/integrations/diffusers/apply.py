@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
@@ -19,7 +19,7 @@ from rainfusion.core.layout import TokenLayout
 from rainfusion.integrations.clock import Clock, Reading
 from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.adapter import Adapter, UnknownModelError, adapter_of, order_of, refusal
-from rainfusion.integrations.diffusers.attention import Layer, forget_place
+from rainfusion.integrations.diffusers.attention import Layer, forget_place, refuse_pickling
 from rainfusion.integrations.engine import REST, Engine, LayerParts, Parts, Rest, has_grid, settled
 from rainfusion.integrations.report import Log, Report
 
@@ -43,20 +43,20 @@ def apply_rainfusion(target: Any, config: RainFusionConfig | None = None, **sett
     """
     if config is not None and settings:
         raise ConfigError("give a configuration, or its arguments by name, not both")
-    config = config or RainFusionConfig(**settings)
+    config = RainFusionConfig.of(settings) if config is None else config
+    if not isinstance(config, RainFusionConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; give a RainFusionConfig, or its arguments by name")
     models, pipeline = models_of(target)
     if any(_applied(model) for model in models.values()):
         raise ConfigError("rainfusion is applied already; call remove() of its handle, or remove_rainfusion, first")
-    if config.dense_steps[1] and config.num_steps is None and getattr(pipeline, "scheduler", None) is None:
-        raise ConfigError(
-            f"dense_steps={config.dense_steps} needs the number of denoising steps; give the pipeline, or num_steps"
-        )
+    _check_steps(config, pipeline)
     clock, log = Clock(), Log(config.report_rows)
     applied = [
         Applied(model, adapter, config, clock, log, name, pipeline)
         for name, model, adapter in [(name, model, _known(model)) for name, model in models.items()]
     ]
     for one in applied:
+        one.check_clock()
         one.bind()
     return Handle(config, applied, log)
 
@@ -71,30 +71,49 @@ def remove_rainfusion(target: Any) -> None:
             one.release()
 
 
+def _check_steps(config: RainFusionConfig, pipeline: Any) -> None:
+    """Refuse dense steps at the end where nothing will tell how many steps there are."""
+    if not config.dense_steps[1] or config.num_steps is not None or getattr(pipeline, "scheduler", None) is not None:
+        return
+    cure = "give the pipeline" if pipeline is None else "load the scheduler of the pipeline first"
+    raise ConfigError(f"dense_steps={config.dense_steps} needs the number of denoising steps; {cure}, or num_steps")
+
+
 def models_of(target: Any) -> tuple[dict[str, nn.Module], Any]:
     """The models that are meant, by name, and their pipeline, if there is one.
 
     Raises:
-        UnknownModelError: a pipeline without a model that an adapter describes, or no model at all.
+        UnknownModelError: there is none, or none that is known.
     """
     if isinstance(target, nn.Module):
         model = _unwrapped(target)
         return {type(model).__name__: model}, None
     components = getattr(target, "components", None)
     if isinstance(components, Mapping):
-        found = {name: _unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
-        known = {name: model for name, model in found.items() if adapter_of(model)}
-        if known:
-            return _once(known), target
-        denoisers = [model for name, model in found.items() if name.startswith(("transformer", "unet"))]
-        if denoisers:
-            raise refusal(denoisers[0])
-        raise UnknownModelError(f"{type(target).__name__} has no transformer; give the model itself")
-    if isinstance(target, Iterable) and not isinstance(target, str):
-        models = [_unwrapped(model) for model in target if isinstance(model, nn.Module)]
-        if models:
-            return _once({f"{type(model).__name__} {i}": model for i, model in enumerate(models)}), None
-    raise UnknownModelError(f"{type(target).__name__} is neither a pipeline nor a model; give one of them")
+        return _models_of_pipeline(target, components), target
+    if isinstance(target, list | tuple) and target and all(isinstance(model, nn.Module) for model in target):
+        models = {id(model): model for model in map(_unwrapped, target)}.values()
+        return {f"{type(model).__name__} {i}": model for i, model in enumerate(models)}, None
+    raise UnknownModelError(f"{_kind_of(target)} is neither a pipeline, a model nor a list of models; give one of them")
+
+
+def _models_of_pipeline(pipeline: Any, components: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The known models among a pipeline's components; a denoiser that is not known is named in a warning."""
+    found = {name: _unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
+    known = {name: model for name, model in found.items() if adapter_of(model)}
+    others = {name: found[name] for name in found if name not in known and name.startswith(("transformer", "unet"))}
+    if not known and others:
+        raise refusal(next(iter(others.values())))
+    if not known:
+        raise UnknownModelError(f"{type(pipeline).__name__} has no transformer; give the model itself")
+    for name, model in others.items():
+        warnings.warn(f"{name} of the pipeline stays dense: {refusal(model)}", RainfusionWarning, stacklevel=4)
+    return known
+
+
+def _kind_of(target: Any) -> str:
+    kinds = ", ".join(sorted({type(item).__name__ for item in target})) if isinstance(target, list | tuple) else ""
+    return f"{type(target).__name__} of {kinds}" if kinds else type(target).__name__
 
 
 class Handle:
@@ -105,8 +124,15 @@ class Handle:
 
     def report(self) -> Report:
         """What happened so far; printed, it is a table. Waits for the device only if times were asked for."""
+        for one in self._applied:
+            one.look_at_pipeline()
         layers = {one.engine.name: one.engine.layers for one in self._applied}
         return Report(self.config, layers, self._log.rows(), self._log.lost)
+
+    def reset(self) -> None:
+        """A run is over: call it where a loop of your own, with a model instead of a pipeline, is interrupted."""
+        for one in self._applied:
+            one.engine.reset()
 
     def remove(self) -> None:
         """Give every module its own processor back. A second call does nothing."""
@@ -147,10 +173,23 @@ class Applied:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Applied:
         twin = memo[id(self)] = object.__new__(Applied)
-        shared = {"adapter": self.adapter, "pipeline": None}
+        # The pipeline's copy, where the pipeline is being copied; a copy of the model alone has none.
+        shared = {"adapter": self.adapter, "pipeline": memo.get(id(self.pipeline))}
         twin.__dict__.update(shared)
         twin.__dict__.update({n: copy.deepcopy(v, memo) for n, v in vars(self).items() if n not in shared})
         return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise refuse_pickling()
+
+    def check_clock(self) -> None:
+        """Refuse a schedule of steps where nothing tells the step."""
+        parameters = signature_of(cast(Any, type(self.model))).parameters
+        if self.pipeline is None and self.engine.schedule.needs_step and self.adapter.timestep not in parameters:
+            raise ConfigError(
+                f"the schedule depends on the denoising step, which a forward of {type(self.model).__name__} does not "
+                "tell; give the pipeline, or name the argument in Adapter(timestep=...)"
+            )
 
     def bind(self) -> None:
         """Lead the layers' attention to rainfusion."""
@@ -253,14 +292,26 @@ class Applied:
 
     def _reading(self, arguments: Mapping[str, Any]) -> Reading:
         """What the host says of this forward: the context, or else the scheduler, knows the step."""
-        context, config = self._contexts.manager._context, self.engine.config
+        context, scheduler = self._contexts.manager._context, getattr(self.pipeline, "scheduler", None)
         name = None if context is None else context.name
         step, steps = getattr(context, "step_index", None), getattr(context, "num_inference_steps", None)
         if step is None:
-            step, steps = _by_scheduler(self.pipeline)
-        timestep = arguments.get("timestep")
+            step, counted = _by_scheduler(self.pipeline)
+            steps = counted if steps is None else steps
+        timestep = arguments.get(self.adapter.timestep)
         level = (lambda: float(timestep.max())) if isinstance(timestep, torch.Tensor) else None
-        return Reading(name, step, config.num_steps or steps, level)
+        return Reading(name, step, steps, level, mark=getattr(scheduler, "timesteps", None))
+
+    def look_at_pipeline(self) -> None:
+        """Say where the pipeline has another model by now."""
+        components = getattr(self.pipeline, "components", {})
+        if components and _unwrapped(components.get(self.engine.name)) is not self.model:
+            warnings.warn(
+                f"{self.engine.name} of the pipeline is another model than the one that rainfusion was applied to; "
+                "apply it again",
+                RainfusionWarning,
+                stacklevel=3,
+            )
 
 
 class _State(BaseState):
@@ -305,7 +356,8 @@ def _by_scheduler(pipeline: Any) -> tuple[int | None, int | None]:
         return None, getattr(pipeline, "_num_timesteps", None) or len(timesteps)
     begin = scheduler.begin_index or 0
     step = begin if scheduler.step_index is None else scheduler.step_index
-    return step - begin, len(timesteps) - begin
+    step, steps = step - begin, len(timesteps) - begin
+    return (step if step < steps else None), steps  # all done: another pipeline runs, with a scheduler of its own
 
 
 def _known(model: nn.Module) -> Adapter:
@@ -321,7 +373,7 @@ def _applied(model: nn.Module) -> list[Applied]:
     return [owner for owner in hooks if isinstance(owner, Applied)]
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 

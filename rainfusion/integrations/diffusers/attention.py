@@ -95,6 +95,9 @@ class Layer:
         twin._number()
         return twin
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise refuse_pickling()
+
     @property
     def is_bound(self) -> bool:
         """Whether the module still calls rainfusion."""
@@ -162,6 +165,14 @@ class Layer:
         if self.engine.config.on_grad == "dense":
             return "gradient"
         raise ProblemError(_NO_GRADIENT)
+
+
+def refuse_pickling() -> TypeError:
+    """What is raised where a model is pickled while rainfusion is applied."""
+    return TypeError(
+        "rainfusion is applied to this model, and a schedule under way cannot be pickled; call remove() of its handle "
+        "first. copy.deepcopy and save_pretrained work"
+    )
 
 
 def _gradient_wanted(*tensors: Tensor) -> bool:
@@ -249,8 +260,13 @@ def _attend(
     call = {"is_causal": is_causal, "scale": scale}
 
     def dense() -> Tensor:
+        if layer.adapter.call == "sdpa":
+            qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+            own: Any = F.scaled_dot_product_attention
+            attended: Tensor = own(qt, kt, vt, attn_mask=mask, enable_gqa=enable_gqa, **call)
+            return attended.transpose(1, 2)
         forget_place()  # the host's own attention must not lead here again
-        backend = None if layer.adapter.call == "sdpa" else layer.inner._attention_backend
+        backend = layer.inner._attention_backend
         out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, enable_gqa=enable_gqa, backend=backend, **call)
         _here.place = calling
         return out
@@ -338,7 +354,7 @@ _operator.register_autograd(_refuse_gradient)
 def _leading_here(layer: Layer) -> Any:
     """A copy of the layer's processor that leads its attention to rainfusion."""
     own = layer.adapter.processor
-    processor = copy.copy(layer.inner)
+    processor = copy.copy(layer.inner)  # before it has its own way of being copied
     inner: Any = type(layer.inner)
     processor.__class__ = _subclass(inner, layer.adapter.call, own)
     processor.layer = layer
@@ -370,5 +386,14 @@ def _subclass(inner: Any, call: str, own: Any) -> Any:
         with _TakeOver(self.layer.place):
             return run(self, *args, **kwargs)
 
-    body = {"__call__": dispatching if call == "dispatch" else taking_over, "__module__": inner.__module__}
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
+
+    def refuse(self: Any, protocol: Any) -> Any:
+        raise refuse_pickling()
+
+    call_it = dispatching if call == "dispatch" else taking_over
+    body = {"__call__": call_it, "__deepcopy__": deepcopy, "__reduce_ex__": refuse, "__module__": inner.__module__}
     return type(inner)(f"RainFusion{inner.__name__}", (inner,), body)

@@ -57,6 +57,27 @@ def wan_pipeline(experts: int = 1, scheduler: Any = None, **models: Any) -> WanP
     return pipe
 
 
+class Nameless:
+    """A pipeline of an own make: no contexts, a scheduler of diffusers."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.components = {"transformer": wan(), "scheduler": scheduler}
+        self.scheduler, self.transformer = scheduler, self.components["transformer"]
+
+    def __call__(
+        self, steps: int, start: int = 0, height: int = 8, stop: int | None = None, seed: int = 1
+    ) -> torch.Tensor:
+        self.scheduler.set_timesteps(steps)
+        if start and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(start)
+        self._num_timesteps = steps - start
+        latents = inputs(height=height, seed=seed)["hidden_states"]
+        for t in self.scheduler.timesteps[start:stop]:
+            arguments = inputs(height=height) | {"hidden_states": latents, "timestep": t.expand(1)}
+            latents = self.scheduler.step(self.transformer(**arguments)[0], t, latents, return_dict=False)[0]
+        return latents
+
+
 def run(pipe: Any, steps: int = 4, height: int = 128, width: int = 128, **call: Any) -> torch.Tensor:
     """A run of a pipeline: its latents."""
     random = torch.Generator().manual_seed(2)

@@ -32,7 +32,17 @@ from rainfusion.integrations.diffusers import (
     remove_rainfusion,
 )
 from tests.integrations.diffusers.own import OWN, Own, own_model
-from tests.integrations.diffusers.pipelines import LAYERS, happened, inputs, kinds, run, settings, wan, wan_pipeline
+from tests.integrations.diffusers.pipelines import (
+    LAYERS,
+    Nameless,
+    happened,
+    inputs,
+    kinds,
+    run,
+    settings,
+    wan,
+    wan_pipeline,
+)
 
 pytestmark = pytest.mark.usefixtures("as_pipelines_run")
 
@@ -82,7 +92,7 @@ def test_unknown_models_are_refused_with_what_to_do():
 
 def test_what_is_no_model_is_refused():
     for target, said in [
-        (3, "int is neither a pipeline nor a model"),
+        (3, "int is neither a pipeline, a model nor"),
         ("wan", "str is neither"),
         ([], "list is neither"),
         (mock.Mock(components={"vae": nn.Linear(2, 2)}), "has no transformer; give the model itself"),
@@ -330,24 +340,6 @@ def test_a_run_is_the_same_as_a_new_pipelines():
     first = run(pipe, 6)
     run(pipe, 5, height=96, width=160)
     assert torch.equal(run(pipe, 6), first)
-
-
-class Nameless:
-    """A pipeline of an own make: no contexts, a scheduler of diffusers."""
-
-    def __init__(self, scheduler):
-        self.components = {"transformer": wan(), "scheduler": scheduler}
-        self.scheduler, self.transformer = scheduler, self.components["transformer"]
-
-    def __call__(self, steps, start=0, height=8):
-        self.scheduler.set_timesteps(steps)
-        if start and hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(start)
-        self._num_timesteps = steps - start
-        latents = inputs(height=height)["hidden_states"]
-        for t in self.scheduler.timesteps[start:]:
-            arguments = inputs(height=height) | {"hidden_states": latents, "timestep": t.expand(1)}
-            latents = self.scheduler.step(self.transformer(**arguments)[0], t, latents, return_dict=False)[0]
 
 
 def test_a_pipeline_without_contexts_is_followed_by_its_scheduler():

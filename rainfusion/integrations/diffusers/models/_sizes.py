@@ -34,14 +34,19 @@ def image_grid(latents: Tensor, patch: int) -> Grid:
 
 
 def once(tensor: Tensor, key: Hashable, read: Callable[[Tensor], Read]) -> Read:
-    """What `read` says of a tensor's values; asked once as long as they stay what they are."""
-    version = 0 if tensor.is_inference() else tensor._version
-    if tensor not in _kept:
-        _kept[tensor] = {}
-    found: dict[Hashable, Any] = _kept[tensor]
-    if (version, key) not in found:
-        found[version, key] = read(tensor)
-    answer: Read = found[version, key]
+    """What `read` says of a tensor's values; asked once as long as they stay what they are.
+
+    Tensors made in inference mode do not tell when they change: they are read every time.
+    """
+    if tensor.is_inference():
+        return read(tensor)
+    version, found = _kept.get(tensor, (None, {}))
+    if version != tensor._version:
+        found = {}
+        _kept[tensor] = tensor._version, found
+    if key not in found:
+        found[key] = read(tensor)
+    answer: Read = found[key]
     return answer
 
 

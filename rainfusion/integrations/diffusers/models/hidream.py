@@ -24,6 +24,7 @@ register_adapter(
         r"(double|single)_stream_blocks\.\d+\.block\.attn1",
         _parts,
         call="sdpa",
+        timestep="timesteps",
         family="HiDream-I1",
         tested="a square image, and another one with its pads",
     ),

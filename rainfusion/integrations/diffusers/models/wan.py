@@ -6,12 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rainfusion.integrations.diffusers.adapter import Adapter, Arguments, Hoist, Order, Parts, register_adapter
-from rainfusion.integrations.diffusers.models._sizes import latent_grid
-
-
-def _parts(model: Any, arguments: Arguments) -> Parts:
-    return (latent_grid(arguments["hidden_states"], model.config.patch_size),)
+from rainfusion.integrations.diffusers.adapter import Adapter, Arguments, Hoist, Order, register_adapter
+from rainfusion.integrations.diffusers.models._video import video_alone
 
 
 def _arguments(arguments: Arguments, order: Order) -> dict[str, Any]:
@@ -37,7 +33,7 @@ register_adapter(
     "WanTransformer3DModel",
     Adapter(
         r"blocks\.\d+\.attn1",
-        _parts,
+        video_alone,
         hoist=HOIST,
         family="Wan 2.1, 2.2",
         tested="video, odd grid, batch of 2, one frame, a timestep a token",

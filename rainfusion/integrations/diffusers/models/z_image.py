@@ -59,6 +59,7 @@ register_adapter(
         r"layers\.\d+\.attention",
         _parts,
         pads=True,
+        timestep="t",
         family="Z-Image, Omni",
         tested="one image, batches of text of different lengths, several images",
     ),
