@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,12 @@ def _run(console: Console, state: State, args: Any, backends: tuple[str, ...]) -
     failed = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=args.problems, seed=state.next_seed)
-        for found in steps(state, args.state, backends, args.problems, args.minutes):
-            failed += len(found)
-            for failure in found:
-                _show(progress.console, failure)
-            progress.update(task, advance=1, seed=state.next_seed)
+        with suppress(KeyboardInterrupt):
+            for found in steps(state, args.state, backends, args.problems, args.minutes):
+                failed += len(found)
+                for failure in found:
+                    _show(progress.console, failure)
+                progress.update(task, advance=1, seed=state.next_seed)
     return failed
 
 

@@ -324,11 +324,18 @@ def check_compiled(trial: Trial, results: tuple[Any, ...], grid: np.ndarray) -> 
     """Under `torch.compile` a call gives the bits that it gives by itself."""
     if trial.kind != "torch" or trial.problem.choice.kind == "mask":
         return
+    operands = {name: torch.as_tensor(x) for name, x in trial.operands.items()}
     lse, mask = trial.problem.returns
+    said = {**trial.problem.settings, **trial.choice, **operands, "return_lse": lse, "return_mask": mask}
     torch._dynamo.reset()
-    compiled = torch.compile(lambda: trial.attention(lse=lse, mask=mask), backend="aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: rainfusion.attention(q, k, v, backend=trial.backend, **said),
+        backend="aot_eager",
+        fullgraph=True,
+    )
     with torch.no_grad():
-        got = compiled()
+        got = compiled(*trial.arrays.values())
+    got = got if isinstance(got, tuple) else (got,)
     torch._dynamo.reset()
     _need(all(_bits(a) == _bits(b) for a, b in zip(got, results, strict=True)), "a compiled call gives other bits")
 

@@ -92,16 +92,18 @@ def steps(state: State, path: Path, backends: tuple[str, ...], problems: int, mi
     """Run problems until there have been as many, or that long; yields the failures of each."""
     start, spent, last = time.monotonic(), state.seconds, state.problems + problems
     state.backends = sorted({*state.backends, *backends})
-    while state.problems < last and time.monotonic() - start < 60 * minutes:
-        state.running = state.next_seed
+    try:
+        while state.problems < last and time.monotonic() - start < 60 * minutes:
+            state.running = state.next_seed
+            state.write(path)
+            found = failures_of(state.next_seed, backends)
+            state.failures += found
+            state.next_seed, state.problems = state.next_seed + 1, state.problems + 1
+            state.seconds = round(spent + time.monotonic() - start, 1)
+            yield found
+    finally:  # where Python ends in order, by an interrupt as well, no problem is to blame
+        state.running = None
         state.write(path)
-        found = failures_of(state.next_seed, backends)
-        state.failures += found
-        state.next_seed, state.problems = state.next_seed + 1, state.problems + 1
-        state.seconds = round(spent + time.monotonic() - start, 1)
-        yield found
-    state.running = None
-    state.write(path)
 
 
 def _refusals(seed: int, backends: tuple[str, ...]) -> Iterator[tuple[str, str]]:
