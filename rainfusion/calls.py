@@ -85,14 +85,20 @@ def call(arguments: Mapping[str, Any], settings: Settings, returns: tuple[str, .
     if prepared is None:
         planned, notes = _planned(arguments, settings, returns)
         prepared = dispatch.prepare(planned, notes, like=arguments["q"], backend=backend)
+        arguments = _of_use(arguments, planned)
         prepared.executable.check(arguments)
         dispatch.cache.remember(key, prepared)
         prepared.warn()
         return prepared.executable.compute(arguments)
     prepared.warn()
     executable = prepared.executable
-    executable.check_operands(arguments)
+    executable.check_operands(arguments)  # and never looks at what is of no use
     return executable.compute(arguments)
+
+
+def _of_use(arguments: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+    """The arguments without lengths that the plan does not read: a selection that keeps every block needs none."""
+    return arguments if plan.takes("%kv_lengths") else {**arguments, "kv_lengths": None}
 
 
 def _key(

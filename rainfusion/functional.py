@@ -96,7 +96,7 @@ def attention(
         grid,
         text,
         text_position,
-        parts if parts is None or isinstance(parts, tuple) else tuple(parts),
+        tuple(parts) if isinstance(parts, Iterable) else parts,  # what is none is refused as a layout
         sparsity,
         policy,
         block,

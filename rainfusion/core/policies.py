@@ -174,9 +174,8 @@ class TopP(Policy):
 
     def budget(self, q: BlockedAxis, kv: BlockedAxis, heads: int) -> Budget:
         least = max(math.ceil(self.floor * kv.blocks) - (kv.blocks - kv.free_blocks), fewest(kv))
-        mass = None if self.mass == 1 else self.mass
-        quotas = kv.free_blocks if mass is None else min(least, kv.free_blocks)
-        return Budget(np.full((1, q.free_blocks), quotas), mass)
+        quotas = kv.free_blocks if self.mass == 1 else min(least, kv.free_blocks)
+        return Budget(np.full((1, q.free_blocks), quotas), self.mass)
 
 
 @dataclass(frozen=True)
@@ -200,9 +199,8 @@ class Hybrid(Policy):
 
     def budget(self, q: BlockedAxis, kv: BlockedAxis, heads: int) -> Budget:
         if self.mass == 1:
-            return Budget(np.full((1, q.free_blocks), kv.free_blocks))
-        quotas = TopK(self.sparsity).budget(q, kv, heads).quotas
-        return Budget(quotas, self.mass)
+            return Budget(np.full((1, q.free_blocks), kv.free_blocks), self.mass)
+        return Budget(TopK(self.sparsity).budget(q, kv, heads).quotas, self.mass)
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,13 @@ def test_top_p_that_keeps_everything_is_dense(policy):
     assert plan(AttentionProblem(1, 1, 64, 64, 4), TokenLayout(block=8), policy).is_dense
 
 
+@pytest.mark.parametrize("policy", [TopP(1.0), Hybrid(0.5, 1.0)])
+def test_the_whole_mass_is_kept_under_quotas_given_at_call_time_too(policy):
+    planned = plan(AttentionProblem(1, 1, 64, 64, 4), TokenLayout(block=8), policy, quotas=True, returns="%mask")
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 64, 4))
+    assert lower(planned, backend="reference")(q.astype("f4"), k.astype("f4"), quotas=np.ones((1, 8), int)).blocks.all()
+
+
 def test_only_the_data_can_tell_the_density_of_top_p_and_of_a_given_mask():
     for policy in (TopP(0.9), Hybrid(0.9, 0.5), Fixed()):
         planned = plan(AttentionProblem(1, 1, 64, 64, 4), TokenLayout(block=8), policy)

@@ -43,6 +43,13 @@ def test_select_makes_the_mask_that_attention_uses(qkv, backend):
         rainfusion.select(q, k, **CLIP, sparsty=0.4)
 
 
+def test_a_selection_that_keeps_every_block_takes_lengths_all_the_same(qkv, backend):
+    q, k, _ = qkv
+    for _ in range(2):
+        mask = rainfusion.select(q, k, sparsity=0.0, block=32, kv_lengths=np.array([500, 20]), backend=backend)
+        assert mask.blocks.all()
+
+
 def test_block_means_are_those_of_the_blocks(qkv, backend):
     layout = TokenLayout((5, 8, 12), 30, block=(32, 16))
     for side, x, block in (("q", qkv[0], 32), ("kv", qkv[1], 16)):

@@ -1,0 +1,400 @@
+"""The oracle: what the documentation says, written a second time, in NumPy, with the whole logit matrix at once.
+
+Nothing here calls rainfusion. The token order sorts tokens by where their window stands instead of folding boxes; the
+attention is masked softmax over every token and every block mean; the selection is judged by score thresholds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tests.fuzz.problems import Choice, Part, Problem
+
+# The rule of the conformance kit: twice the error of the computation in the dtype, and a few roundings of the largest
+# value; see docs/parity.md.
+_ROUNDINGS = {"float64": 2.0**-47, "float32": 2.0**-18, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_LSE_ROUNDINGS = {"float64": 2.0**-47, "float32": 2.0**-20}
+_UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
+_MASS_EPSILON = 1e-5
+
+# What the block order holds, one after the other; see docs/layouts.md.
+_WINDOW, _REMAINDER, _TOKENS, _SINK_OF_KEYS, _SINK, _TEXT = range(6)
+
+
+# -- the block order -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """Queries or keys in blocks: `order[p]` is the token at block position p."""
+
+    order: np.ndarray
+    block: int
+    free: int  # leading blocks without a protected token
+
+    @property
+    def blocks(self) -> int:
+        return -(-len(self.order) // self.block)
+
+    def block_of_position(self) -> np.ndarray:
+        return np.arange(len(self.order)) // self.block
+
+    def counts(self, lengths: np.ndarray | None) -> np.ndarray:
+        """Valid tokens of every block, ``[batch or 1, blocks]``."""
+        valid = self.valid(lengths)
+        return np.stack([np.bincount(self.block_of_position(), row, self.blocks) for row in valid])
+
+    def valid(self, lengths: np.ndarray | None) -> np.ndarray:
+        """Whether a position holds a token that counts, bool ``[batch or 1, positions]``."""
+        position = np.arange(len(self.order))
+        ends = np.array([len(self.order)]) if lengths is None else lengths
+        return position < ends[:, None]
+
+
+def sides(problem: Problem) -> tuple[Side, Side]:
+    """The query side and the key side."""
+    order, protected_rows, protected_columns = token_order(problem.parts, problem.window, problem.block)
+    made = []
+    for length, block, protected in (
+        (problem.q_len, problem.block[0], protected_rows),
+        (problem.kv_len, problem.block[1], protected_columns),
+    ):
+        has_parts = bool(problem.parts) and length == len(order)
+        free = (length - protected) // block if has_parts and protected else -(-length // block)
+        walked = order if has_parts and problem.order == "window" else np.arange(length)
+        made.append(Side(walked, block, free))
+    return made[0], made[1]
+
+
+def token_order(
+    parts: tuple[Part, ...], window: tuple[int, int, int] | None, block: tuple[int, int]
+) -> tuple[np.ndarray, int, int]:
+    """The token at every block position, and how many of the last ones are protected as queries and as keys."""
+    keys: list[tuple[Any, ...]] = []  # by which tokens are sorted
+    rows = columns = 0
+    for index, part in enumerate(parts):
+        if part.kind != "grid":
+            rank = _TEXT if part.kind == "text" else _TOKENS
+            keys += [(rank, index, i) for i in range(part.count)]
+            rows, columns = (n + part.count * (rank == _TEXT) for n in (rows, columns))
+            continue
+        sinks = part.sinks if part.sizes[0] > 1 else ()
+        dense, frame = sum(not name.endswith("_keys") for name in sinks), part.sizes[1] * part.sizes[2]
+        rows, columns = rows + dense * frame, columns + len(sinks) * frame
+        keys += _grid_keys(part, index, window, block, sinks)
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+    return order, rows, columns
+
+
+def _grid_keys(
+    part: Part, index: int, window: tuple[int, int, int] | None, block: tuple[int, int], sinks: tuple[str, ...]
+) -> list[tuple[Any, ...]]:
+    frames, height, width = part.sizes
+    sink_of = {(0 if name.startswith("first") else frames - 1): name for name in sinks}
+    first, last = int(0 in sink_of), frames - int(frames - 1 in sink_of)
+    sizes = (last - first, height, width)
+    chosen = part.window or window or compact_window(math.lcm(*block), (sizes[0] or frames, height, width))
+    whole = [size // step * step for size, step in zip(sizes, chosen, strict=True)]
+    keys: list[tuple[Any, ...]] = []
+    for t, h, w in product(range(frames), range(height), range(width)):
+        if t in sink_of:
+            name = sink_of[t]
+            keys.append((_SINK_OF_KEYS if name.endswith("_keys") else _SINK, index, name, h, w))
+            continue
+        place = (t - first, h, w)
+        ragged = [at >= end for at, end in zip(place, whole, strict=True)]
+        cell = [0 if r else at // step for r, at, step in zip(ragged, place, chosen, strict=True)]
+        box = (ragged[0], ragged[2], ragged[1])  # remainders stand as H, W, HW, T, TH, TW, THW
+        keys.append((_REMAINDER if any(ragged) else _WINDOW, index, *box, *cell, *place))
+    return keys
+
+
+def compact_window(volume: int, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The box of that volume with the least ``8 t² + h² + w²`` that fits, the wider of two equals; or any box."""
+    boxes = [
+        (t, h, volume // (t * h))
+        for t in range(1, volume + 1)
+        if volume % t == 0
+        for h in range(1, volume // t + 1)
+        if volume // t % h == 0
+    ]
+    fitting = [box for box in boxes if all(n <= size for n, size in zip(box, sizes, strict=True))]
+    return min(fitting or boxes, key=lambda box: (8 * box[0] ** 2 + box[1] ** 2 + box[2] ** 2, -box[2]))
+
+
+# -- attention -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Output ``[batch, heads, tokens, channels]`` and log-sum-exp, and how far from them a backend may be."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    out_limit: float
+    lse_limit: float
+
+
+@dataclass
+class Oracle:
+    """What is right for a problem; `tensors` are q, k and v in float64, `lengths` within the sequence."""
+
+    problem: Problem
+    tensors: dict[str, np.ndarray]
+    lengths: np.ndarray | None = None
+    q: Side = field(init=False)
+    kv: Side = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.q, self.kv = sides(self.problem)
+        if self.problem.lengths is not None:
+            self.lengths = np.clip(self.problem.lengths, 0, self.problem.kv_len)
+
+    @property
+    def q_lengths(self) -> np.ndarray | None:
+        return self.lengths if self.problem.on_queries else None
+
+    @property
+    def wide(self) -> str:
+        """The dtype that is computed in."""
+        return "float64" if self.problem.dtype == "float64" else "float32"
+
+    def attend(self, mask: np.ndarray, omitted: str) -> Expected:
+        """Attention over the blocks of a mask."""
+        with np.errstate(all="ignore"):
+            out, lse = self._attend(mask, omitted, "float64")
+            coarse, coarse_lse = self._attend(mask, omitted, "float32")
+            share = _UNIT[self.wide] / _UNIT["float32"]
+            noise = 4 * _UNIT[self.wide] * self._magnitude()
+            out_error = _worst(_rounded(coarse, self.problem.dtype), out) * share
+            lse_error = _worst(coarse_lse, lse) * share
+        largest, largest_lse = _largest(out), max(_largest(lse), 1.0)
+        values = _largest(self.tensors["v"])
+        return Expected(
+            out,
+            lse,
+            2 * out_error + _ROUNDINGS[self.problem.dtype] * largest + noise * values,
+            2 * lse_error + _LSE_ROUNDINGS[self.wide] * largest_lse + noise,
+        )
+
+    def _attend(self, mask: np.ndarray, omitted: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+        q, k, v = (x.astype(dtype) for x in self._in_blocks())
+        scale = np.dtype(dtype).type(self.problem.logit_scale)
+        rows = np.take(mask, self.q.block_of_position(), axis=2)
+        keep = np.take(rows, self.kv.block_of_position(), axis=3) & self.kv.valid(self.lengths)[:, None, None, :]
+        logits = q @ k.swapaxes(2, 3) * scale
+        values = v
+        if omitted == "summary":
+            counts = self.kv.counts(self.lengths)[:, None, None, :]
+            kb, vb = self.means(k, self.kv, self.lengths), self.means(v, self.kv, self.lengths)
+            rest = q @ kb.swapaxes(2, 3) * scale + np.log(np.maximum(counts, 1)).astype(dtype)
+            logits = np.concatenate([logits, rest], axis=3)
+            keep = np.concatenate([keep, ~rows & (counts > 0)], axis=3)
+            values = np.concatenate([v, vb], axis=2)
+        out, lse = _softmax(logits, keep, values)
+        valid = self.q.valid(self.q_lengths)[:, None, :]
+        out, lse = np.where(valid[..., None], out, 0), np.where(valid, lse, -np.inf)
+        back = np.argsort(self.q.order)
+        return out[:, :, back], lse[:, :, back]
+
+    def _in_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """q, k and v in block order, each head of q with its own k and v, padding as zeros."""
+        found = []
+        for name, side, lengths in (
+            ("q", self.q, self.q_lengths),
+            ("k", self.kv, self.lengths),
+            ("v", self.kv, self.lengths),
+        ):
+            x = self.tensors[name][:, :, side.order]
+            x = np.where(side.valid(lengths)[:, None, :, None], x, 0.0)
+            found.append(np.repeat(x, self.problem.heads // x.shape[1], axis=1))
+        return found[0], found[1], found[2]
+
+    @staticmethod
+    def means(x: np.ndarray, side: Side, lengths: np.ndarray | None) -> np.ndarray:
+        """Means of the valid tokens of every block, 0 where there are none; padding is zero in `x`."""
+        starts = np.arange(side.blocks) * side.block
+        counts = np.maximum(side.counts(lengths), 1).astype(x.dtype)
+        sums: np.ndarray = np.add.reduceat(x, starts, axis=2)
+        return sums / counts[:, None, :, None]
+
+    def _magnitude(self) -> float:
+        """The largest sum of absolute products behind a logit."""
+        q, k, _ = (np.abs(x) for x in self._in_blocks())
+        return _largest(q @ k.swapaxes(2, 3)) * abs(self.problem.logit_scale)
+
+    # -- selection -------------------------------------------------------------------------------------
+
+    def scores(self) -> tuple[np.ndarray, float]:
+        """Scores of block pairs in float64, NaN and padding as minus infinity, and what the dtype cannot tell apart."""
+        with np.errstate(all="ignore"):
+            right, coarse = (self._scores(dtype) for dtype in ("float64", "float32"))
+            share = _UNIT[self.wide] / _UNIT["float32"]
+            q, k, _ = (np.abs(x) for x in self._in_blocks())
+            means = self.means(q, self.q, self.q_lengths), self.means(k, self.kv, self.lengths)
+            magnitude = _largest(means[0] @ means[1].swapaxes(2, 3)) * abs(self.problem.logit_scale)
+            epsilon = share * (16 * _worst(coarse, right) + 2.0**-19 * magnitude)
+        score = np.where(np.isnan(right), -np.inf, right)
+        score = np.where(self.kv.counts(self.lengths)[:, None, None, :] > 0, score, -np.inf)
+        return score, 0.0 if self.is_exact else epsilon
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every score is exact in float32, so that ties are ties: whole numbers over powers of two."""
+        p = self.problem
+        sides_are = [
+            n & (n - 1) == 0 and length % n == 0 for n, length in zip(p.block, (p.q_len, p.kv_len), strict=True)
+        ]
+        scale = math.frexp(p.logit_scale)[0] in (0.0, 0.5, -0.5)
+        small = math.log2(p.block[0] * p.block[1] * p.head_dim) < 23
+        return p.values == "whole" and p.lengths is None and scale and small and all(sides_are)
+
+    def _scores(self, dtype: str) -> np.ndarray:
+        q, k, _ = (x.astype(dtype) for x in self._in_blocks())
+        qb, kb = self.means(q, self.q, self.q_lengths), self.means(k, self.kv, self.lengths)
+        return qb @ kb.swapaxes(2, 3) * np.dtype(dtype).type(self.problem.logit_scale)
+
+    def objections(self, mask: np.ndarray, quotas: np.ndarray | None) -> list[str]:
+        """What is wrong with a mask that was selected."""
+        rows, columns = self.q.free, self.kv.free
+        found = [] if mask[:, :, rows:].all() else ["a protected row is not dense"]
+        found += [] if mask[..., columns:].all() else ["a protected column is not dense"]
+        score, epsilon = self.scores()
+        kept, score = mask[:, :, :rows], score[:, :, :rows]
+        if not rows or not columns:
+            return found
+        choice = self.problem.choice
+        if choice.kind == "paper":
+            return found + self._of_paper(kept[..., :columns], score, epsilon, quotas)
+        found += not_the_best(kept[..., :columns], score[..., :columns], epsilon)
+        least, total = self._least(choice, quotas)
+        counts = kept[..., :columns].sum(axis=-1)
+        if choice.mass is None or (choice.mass == 1.0 and quotas is None):
+            return found + _of_counts(counts, least, total)
+        return found + self._of_mass(kept, score, epsilon, least, choice.mass)
+
+    def _least(self, choice: Choice, quotas: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """The least and the most that quotas ask of every row ``[2, heads or 1, rows]``, and of every head together."""
+        rows, columns = self.q.free, self.kv.free
+        if quotas is not None:
+            exact = np.clip(quotas, 0, columns)
+            return np.stack([exact, exact]), None
+        protected = self.kv.blocks - columns
+        one = 0 if protected else 1
+        if choice.kind == "topp":
+            most = columns if choice.mass == 1.0 else math.ceil(choice.floor * self.kv.blocks) - protected
+            return np.full((2, 1, rows), min(max(most, one), columns)), None
+        if choice.kind == "hybrid" and choice.mass == 1.0:
+            return np.full((2, 1, rows), columns), None
+        pairs = self.q.blocks * self.kv.blocks
+        shares = choice.sparsity if isinstance(choice.sparsity, tuple) else (choice.sparsity,)
+        wanted = np.array([(1 - share) * pairs - (pairs - rows * columns) for share in shares])
+        near = np.stack([np.ceil(wanted - 0.5 - 1e-9), np.floor(wanted + 0.5 + 1e-9)])
+        total = np.clip(near, rows * one, rows * columns)
+        least = np.stack([total[0] // rows, -(-total[1] // rows)])[..., None]
+        return np.broadcast_to(least, (2, len(shares), rows)), total
+
+    def _of_paper(self, kept: np.ndarray, score: np.ndarray, epsilon: float, quotas: np.ndarray | None) -> list[str]:
+        """The quotas' best blocks out of all columns, less the protected ones, which are kept anyway."""
+        blocks, choice = self.kv.blocks, self.problem.choice
+        shares = choice.sparsity if isinstance(choice.sparsity, tuple) else (choice.sparsity,)
+        if quotas is None:
+            quotas = np.array([[math.ceil((1 - share) * blocks)] * self.q.free for share in shares])
+        place = np.broadcast_to(np.clip(quotas, 0, blocks), score.shape[:-1])
+        inner = np.full((*score.shape[:-1], 1), np.inf)
+        ranked = np.concatenate([inner, -np.sort(-score, axis=-1), -inner], axis=-1)
+        lowest, highest = (np.take_along_axis(ranked, place[..., None] + i, axis=-1) for i in (0, 1))
+        free = score[..., : self.kv.free]
+        with np.errstate(invalid="ignore"):
+            surely_in = (free > highest + epsilon) & (place > 0)[..., None]
+            surely_out = (free < lowest - epsilon) | (place == 0)[..., None]
+        found = [] if (kept | ~surely_in).all() else ["a block is skipped that is among the best of all columns"]
+        return found + ([] if (~kept | ~surely_out).all() else ["a block is kept that is not among the best"])
+
+    def _of_mass(
+        self, kept: np.ndarray, score: np.ndarray, epsilon: float, least: np.ndarray, mass: float
+    ) -> list[str]:
+        """The fewest best blocks that reach the mass, and no fewer than the quotas."""
+        columns = self.kv.free
+        share = _shares(score, self.kv.counts(self.lengths)[:, None, None, :])
+        reached = np.where(kept, share, 0.0).sum(axis=-1)
+        counts = kept[..., :columns].sum(axis=-1)
+        free = score[..., :columns]
+        lowest = np.min(np.where(kept[..., :columns], free, np.inf), axis=-1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            last = kept[..., :columns] & (free <= lowest + epsilon)
+        before = reached - np.where(last, share[..., :columns], 0.0).max(axis=-1)
+        tolerance = _MASS_EPSILON + 4 * epsilon
+        empty = share.sum(axis=-1) == 0
+        short = (reached < mass - tolerance) & (counts < columns) & ~empty
+        spare = (counts > least[1]) & ((before > mass + tolerance) | empty)
+        found = ["fewer blocks than reach the mass"] if short.any() else []
+        found += ["more blocks than reach the mass"] if spare.any() else []
+        return found + (["fewer blocks than the quotas"] if (counts < least[0]).any() else [])
+
+
+def not_the_best(kept: np.ndarray, score: np.ndarray, epsilon: float) -> list[str]:
+    """Whether what is kept of every row is the best of it, ties to the lower index."""
+    if epsilon == 0:
+        best_first = np.argsort(-score, axis=-1, kind="stable")
+        in_order = np.take_along_axis(kept, best_first, axis=-1)
+        return [] if (in_order[..., 1:] <= in_order[..., :-1]).all() else ["not the best, or a tie to a higher index"]
+    lowest = np.min(np.where(kept, score, np.inf), axis=-1)
+    highest = np.max(np.where(kept, -np.inf, score), axis=-1)
+    worst = np.isneginf(score)
+    among_worst = np.where(worst, kept, False)
+    skipped_before = np.cumsum(worst & ~kept, axis=-1) > 0
+    found = [] if (lowest >= highest - epsilon).all() else ["a skipped block has a higher score than a kept one"]
+    return found + (["of blocks without a score, a later one is kept"] if (among_worst & skipped_before).any() else [])
+
+
+def _of_counts(counts: np.ndarray, least: np.ndarray, total: np.ndarray | None) -> list[str]:
+    if (counts < least[0]).any() or (counts > least[1]).any():
+        return ["a row keeps another number of blocks than its quota"]
+    if total is None:
+        return []
+    of_heads = counts.sum(axis=-1)
+    return [] if ((of_heads >= total[0]) & (of_heads <= total[1])).all() else ["a head keeps another number of pairs"]
+
+
+def _shares(score: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The softmax over blocks, each weighted by its tokens; 0 in a row without any."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logits = score + np.log(counts)
+        peak = logits.max(axis=-1, keepdims=True)
+        weights = np.exp(logits - np.where(np.isfinite(peak), peak, 0.0))
+    total = weights.sum(axis=-1, keepdims=True)
+    shares: np.ndarray = weights / np.where(total == 0, 1.0, total)
+    return shares
+
+
+def _softmax(logits: np.ndarray, keep: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Masked softmax; what is not kept has no effect, even NaN; a row that keeps nothing gives 0 and -inf."""
+    logits = np.where(keep, logits, -np.inf)
+    peak = logits.max(axis=-1, keepdims=True)
+    peak = np.where(np.isneginf(peak), 0, peak).astype(logits.dtype)
+    weights = np.exp(logits - peak)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = weights @ np.where(np.isnan(values), 0, values) / np.where(total == 0, 1, total)
+    spread = keep.astype(np.float32) @ np.isnan(values).astype(np.float32) > 0
+    return np.where(spread, np.nan, out), (peak + np.log(total))[..., 0]
+
+
+def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype(np.float64)
+
+
+def _largest(x: np.ndarray) -> float:
+    return float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
+
+
+def _worst(x: np.ndarray, right: np.ndarray) -> float:
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(x.astype(np.float64) - right)
+    return float(np.max(difference, initial=0.0, where=np.isfinite(right) & np.isfinite(x)))

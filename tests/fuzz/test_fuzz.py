@@ -1,0 +1,123 @@
+"""A small run of the fuzzer, and that it would find what it is for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import rainfusion
+from rainfusion.core import passes, planner
+from tests.fuzz.__main__ import main
+from tests.fuzz.laws import Subject, broken_laws
+from tests.fuzz.problems import draw
+from tests.fuzz.run import State, failures_of, is_bad, steps
+
+HERE = ("reference", "torch")
+# Each of these found a fault once; `python -m tests.fuzz --seed N` shows it.
+FOUND = (1, 7, 135, 201759)
+
+
+@pytest.mark.parametrize("backends", [HERE, ("openvino",)], ids=["torch", "openvino"])
+def test_a_small_run_finds_nothing(backends):
+    seeds = range(40 if backends == HERE else 12)
+    assert [failure for seed in seeds for failure in failures_of(seed, backends)] == []
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_what_was_found_stays_mended(seed):
+    assert failures_of(seed, HERE) == []
+
+
+def test_one_seed_is_one_problem():
+    assert str(draw(12)) == str(draw(12)) != str(draw(13))
+    for name, x in draw(12).tensors.items():
+        np.testing.assert_array_equal(x, draw(12).tensors[name])
+
+
+def test_problems_say_everything_there_is():
+    problems = [draw(seed) for seed in range(600)]
+    for name in ("omitted", "order", "tensor_layout", "dtype", "poison", "strides", "values", "kind"):
+        assert len({getattr(p, name) for p in problems}) == {"dtype": 4, "poison": 4, "strides": 6, "values": 7}.get(
+            name, 2
+        )
+    assert {p.choice.kind for p in problems} == {"topk", "paper", "topp", "hybrid", "quotas", "mask"}
+    assert {part.kind for p in problems for part in p.parts} == {"grid", "text", "tokens"}
+    assert len({part.sinks for p in problems for part in p.parts}) > 8
+    assert any(p.block[0] != p.block[1] for p in problems)
+    assert any(p.q_len != p.kv_len for p in problems)
+    assert any(p.heads != p.kv_heads for p in problems)
+
+
+def broken_in(monkeypatch, change):
+    """What the fuzzer finds in a few problems where planning goes wrong."""
+    select_blocks = passes.select_blocks
+    monkeypatch.setattr(passes, "select_blocks", lambda *args, **said: change(select_blocks(*args, **said)))
+    _forget()
+    subjects = [Subject(draw(seed)) for seed in range(900, 940) if not is_bad(seed)]
+    found = {message for subject in subjects for _, message in broken_laws(subject, ("reference",))}
+    _forget()
+    return found
+
+
+def _forget():
+    """Let no plan of before be taken up again."""
+    planner._plan.cache_clear()
+    rainfusion.cache.clear()
+
+
+def changed(kind, **fields):
+    """A change of every operation of a kind."""
+
+    def change(plan):
+        values = {name: value(plan) if callable(value) else value for name, value in fields.items()}
+        ops = tuple(dataclasses.replace(op, **values) if isinstance(op, kind) else op for op in plan.ops)
+        return dataclasses.replace(plan, ops=ops)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (changed(rainfusion.ops.Attend, scale=lambda plan: plan.problem.scale * 1.02), "the output is"),
+        (changed(rainfusion.ops.BlockScore, scale=lambda plan: -plan.problem.scale), "a higher score"),
+        (changed(rainfusion.ops.Select, over="all"), "its quota"),
+        (changed(rainfusion.ops.Select, mass=0.999), "another number of blocks"),
+    ],
+    ids=["scale", "score", "over", "mass"],
+)
+def test_it_finds_what_is_planned_wrong(monkeypatch, change, finding):
+    assert any(finding in message for message in broken_in(monkeypatch, change))
+
+
+def test_it_finds_what_is_accepted_though_it_does_not_fit(monkeypatch):
+    monkeypatch.setattr(rainfusion, "attention", lambda q, k, v, **said: q)
+    assert "accepted, though it does not fit" in failures_of(9, ("reference",))[0]["message"]
+    monkeypatch.setattr(rainfusion, "attention", lambda q, k, v, **said: 1 // 0)
+    assert "refused by ZeroDivisionError" in failures_of(9, ("reference",))[0]["message"]
+
+
+def test_a_run_goes_on_where_it_ended(tmp_path, capsys):
+    path = tmp_path / "state.json"
+    for last in (2, 4):
+        assert main(["--problems", "2", "--state", str(path), "--backend", "reference"]) == 0
+        assert json.loads(path.read_text())["next_seed"] == last
+    assert "4 problems" in capsys.readouterr().out
+
+
+def test_a_problem_that_ended_the_process_is_a_failure(tmp_path):
+    path = tmp_path / "state.json"
+    run = steps(State(next_seed=5), path, ("reference",), problems=10, minutes=1)
+    next(run)
+    next(run)
+    state = State.read(path)
+    assert (state.next_seed, state.failures[0]["seed"]) == (7, 6)
+
+
+def test_a_seed_is_replayed_and_described(capsys):
+    assert main(["--seed", "1", "--backend", "reference"]) == 0
+    assert "seed 1: batch=" in capsys.readouterr().out
+    assert main(["--backend", "abacus"]) == 2
