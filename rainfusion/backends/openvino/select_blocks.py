@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import openvino as ov
-from openvino import opset13 as op
 
 from rainfusion.backends.openvino.processes import per_process
 from rainfusion.backends.openvino.runtime import Requests
+from rainfusion.backends.openvino.vendor import op, ov
 from rainfusion.core.backend import Device
 
 _F32, _I64 = ov.Type.f32, ov.Type.i64
