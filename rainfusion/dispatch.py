@@ -14,8 +14,10 @@ from typing import Any, Generic, TypeVar
 from rainfusion.core import choice as choosing
 from rainfusion.core import faults, lowering
 from rainfusion.core.backend import Backend, BackendSpec, Device
+from rainfusion.core.blame import is_foreign
 from rainfusion.core.choice import Candidate, Choice, Refusal
 from rainfusion.core.errors import (
+    BackendError,
     BackendUnavailableError,
     ProblemError,
     RainfusionWarning,
@@ -103,6 +105,7 @@ class ExecutableCache:
         self._plans: LruDict[Executable] = LruDict(limit)
         self._choices: LruDict[Choice] = LruDict(limit)
         self._calls: LruDict[Prepared] = LruDict(limit)
+        self._unfit: LruDict[Refusal] = LruDict(limit)
 
     def executable(self, plan: Plan, backend: Backend, device: Device, *, strict: bool = False) -> Executable:
         """The plan lowered for a device, lowered now if it is not there."""
@@ -115,12 +118,25 @@ class ExecutableCache:
 
     def choice(self, plan: Plan, asked_for: Any, like: Array) -> Choice:
         """The backend for a plan where an array lives, chosen now if it was not."""
-        key = (plan, asked_for, type(like), str(getattr(like, "device", None)))
+        key = self._choice_key(plan, asked_for, like)
         found = self._choices.find(key)
         if found is not None:
             return found
         chosen = _choose(plan, asked_for, like=like)
         return chosen if chosen.late else self._choices.keep(key, chosen)
+
+    def pass_over(self, plan: Plan, asked_for: Any, like: Array, refusal: Refusal) -> None:
+        """Choose another backend for a plan from now on, since this one could not lower it."""
+        self._unfit.keep((plan, refusal.backend), refusal)
+        self._choices.pop(self._choice_key(plan, asked_for, like), None)
+
+    def unfit(self, plan: Plan, backend: str) -> Refusal | None:
+        """Why a backend could not lower a plan."""
+        return self._unfit.find((plan, backend))
+
+    @staticmethod
+    def _choice_key(plan: Plan, asked_for: Any, like: Array) -> tuple[Any, ...]:
+        return plan, asked_for, type(like), str(getattr(like, "device", None))
 
     def call(self, key: Any) -> Prepared | None:
         """What was prepared for an equal call."""
@@ -133,7 +149,7 @@ class ExecutableCache:
 
     def clear(self) -> None:
         """Let go of everything."""
-        for kept in (self._plans, self._choices, self._calls):
+        for kept in (self._plans, self._choices, self._calls, self._unfit):
             kept.clear()
 
 
@@ -144,9 +160,17 @@ captured stays with the backend, since a graph replays on it (`TritonBackend.cap
 
 def prepare(plan: Plan, notes: tuple[str, ...], *, like: Array, backend: str | None) -> Prepared:
     """Choose a backend where `like` lives, lower the plan, and note what callers are to be warned of."""
-    choice = cache.choice(plan, asked(backend), like)
+    named = asked(backend)
+    choice = cache.choice(plan, named, like)
     candidate = choice.candidate
-    lowered = cache.executable(plan, candidate.backend, candidate.device)
+    try:
+        lowered = cache.executable(plan, candidate.backend, candidate.device)
+    except BackendError as error:
+        if named or not is_foreign(candidate.backend):  # an explicit choice never falls back
+            raise
+        cache.pass_over(plan, named, like, Refusal(candidate.backend.name, "lower", str(error)))
+        warn_caller(f"{candidate} is passed over: {error}", RainfusionWarning)
+        return prepare(plan, notes, like=like, backend=backend)
     warnings: list[tuple[str, type[RainfusionWarning]]] = [(note, SparsityWarning) for note in notes]
     if candidate.speedup is not None and candidate.speedup < 1:
         warnings.append(
@@ -245,4 +269,5 @@ def _able(plan: Plan, like: Array, device: str | None) -> tuple[list[Candidate],
     for refusal in rejected:
         if refusal.stage == "probe" and not refusal.late:
             faults.note(refusal.backend, "choose", refusal.reason)
-    return able, [*missing, *rejected]
+    unfit = {c.backend.name: why for c in able if (why := cache.unfit(plan, c.backend.name)) is not None}
+    return [c for c in able if c.backend.name not in unfit], [*missing, *rejected, *unfit.values()]

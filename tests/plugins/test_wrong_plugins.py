@@ -261,6 +261,20 @@ def test_a_kernel_that_breaks_its_contract_is_named(wrong: Any, kind: str, expec
     assert listed()
 
 
+LOWERING = [kind for kind in KERNELS if kind.startswith(("kernels", "understands", "build"))]
+
+
+@pytest.mark.parametrize("kind", LOWERING)
+def test_an_automatic_choice_passes_over_what_cannot_be_lowered(wrong: Any, kind: str, expected: np.ndarray) -> None:
+    wrong(**KERNELS[kind])
+    with pytest.warns(RainfusionWarning, match="wrong on cpu is passed over: .*'wrong'"):
+        assert call() == pytest.approx(expected, abs=1e-5)
+    assert call() == pytest.approx(expected, abs=1e-5)
+    plan = rainfusion.plan(rainfusion.AttentionProblem.from_tensors(X, X, X), policy=rainfusion.TopK(0.5))
+    (refusal,) = (refusal for refusal in rainfusion.choose(plan, like=X).refusals if refusal.backend == "wrong")
+    assert refusal.stage == "lower"
+
+
 def test_a_kernel_for_nothing_is_never_asked(wrong: Any, expected: np.ndarray) -> None:
     wrong(kernels=gives([Kernel(frozenset(), raises(Stop))]))
     assert call() == pytest.approx(expected, abs=1e-5)
