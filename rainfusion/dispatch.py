@@ -12,10 +12,12 @@ from threading import RLock
 from typing import Any, Generic, TypeVar
 
 from rainfusion.core import choice as choosing
-from rainfusion.core import lowering
+from rainfusion.core import faults, lowering
 from rainfusion.core.backend import Backend, BackendSpec, Device
-from rainfusion.core.choice import Choice
+from rainfusion.core.blame import is_foreign
+from rainfusion.core.choice import Candidate, Choice, Refusal
 from rainfusion.core.errors import (
+    BackendError,
     BackendUnavailableError,
     ProblemError,
     RainfusionWarning,
@@ -35,10 +37,15 @@ _in_use: ContextVar[str | None] = ContextVar("rainfusion_backend", default=None)
 
 @dataclass(frozen=True)
 class Prepared:
-    """An executable, and what its callers are to be warned of."""
+    """An executable, and what its callers are to be warned of.
+
+    Attributes:
+        settled: an equal call may take it up again; not so while a plugin that could run it has yet to answer.
+    """
 
     executable: Executable
     notes: tuple[tuple[str, type[RainfusionWarning]], ...]
+    settled: bool = True
 
     def warn(self) -> None:
         """Say what there is to say, at every call; Python's warning filters decide what is shown."""
@@ -98,6 +105,7 @@ class ExecutableCache:
         self._plans: LruDict[Executable] = LruDict(limit)
         self._choices: LruDict[Choice] = LruDict(limit)
         self._calls: LruDict[Prepared] = LruDict(limit)
+        self._unfit: LruDict[Refusal] = LruDict(limit)
 
     def executable(self, plan: Plan, backend: Backend, device: Device, *, strict: bool = False) -> Executable:
         """The plan lowered for a device, lowered now if it is not there."""
@@ -110,8 +118,25 @@ class ExecutableCache:
 
     def choice(self, plan: Plan, asked_for: Any, like: Array) -> Choice:
         """The backend for a plan where an array lives, chosen now if it was not."""
-        key = (plan, asked_for, type(like), str(getattr(like, "device", None)))
-        return self._choices.find(key) or self._choices.keep(key, _choose(plan, asked_for, like=like))
+        key = self._choice_key(plan, asked_for, like)
+        found = self._choices.find(key)
+        if found is not None:
+            return found
+        chosen = _choose(plan, asked_for, like=like)
+        return chosen if chosen.late else self._choices.keep(key, chosen)
+
+    def pass_over(self, plan: Plan, asked_for: Any, like: Array, refusal: Refusal) -> None:
+        """Choose another backend for a plan from now on, since this one could not lower it."""
+        self._unfit.keep((plan, refusal.backend), refusal)
+        self._choices.pop(self._choice_key(plan, asked_for, like), None)
+
+    def unfit(self, plan: Plan, backend: str) -> Refusal | None:
+        """Why a backend could not lower a plan."""
+        return self._unfit.find((plan, backend))
+
+    @staticmethod
+    def _choice_key(plan: Plan, asked_for: Any, like: Array) -> tuple[Any, ...]:
+        return plan, asked_for, type(like), str(getattr(like, "device", None))
 
     def call(self, key: Any) -> Prepared | None:
         """What was prepared for an equal call."""
@@ -119,12 +144,12 @@ class ExecutableCache:
 
     def remember(self, key: Any, prepared: Prepared) -> None:
         """Keep what was prepared for a call."""
-        if key is not None:
+        if key is not None and prepared.settled:
             self._calls.keep(key, prepared)
 
     def clear(self) -> None:
         """Let go of everything."""
-        for kept in (self._plans, self._choices, self._calls):
+        for kept in (self._plans, self._choices, self._calls, self._unfit):
             kept.clear()
 
 
@@ -135,8 +160,17 @@ captured stays with the backend, since a graph replays on it (`TritonBackend.cap
 
 def prepare(plan: Plan, notes: tuple[str, ...], *, like: Array, backend: str | None) -> Prepared:
     """Choose a backend where `like` lives, lower the plan, and note what callers are to be warned of."""
-    candidate = cache.choice(plan, asked(backend), like).candidate
-    lowered = cache.executable(plan, candidate.backend, candidate.device)
+    named = asked(backend)
+    choice = cache.choice(plan, named, like)
+    candidate = choice.candidate
+    try:
+        lowered = cache.executable(plan, candidate.backend, candidate.device)
+    except BackendError as error:
+        if named or not is_foreign(candidate.backend):  # an explicit choice never falls back
+            raise
+        cache.pass_over(plan, named, like, Refusal(candidate.backend.name, "lower", str(error)))
+        warn_caller(f"{candidate} is passed over: {error}", RainfusionWarning)
+        return prepare(plan, notes, like=like, backend=backend)
     warnings: list[tuple[str, type[RainfusionWarning]]] = [(note, SparsityWarning) for note in notes]
     if candidate.speedup is not None and candidate.speedup < 1:
         warnings.append(
@@ -147,7 +181,16 @@ def prepare(plan: Plan, notes: tuple[str, ...], *, like: Array, backend: str | N
                 SpeedWarning,
             )
         )
-    return Prepared(lowered, tuple(warnings))
+    if choice.late:
+        who = ", ".join(f"{refusal.backend} ({refusal.reason})" for refusal in choice.late)
+        warnings.append(
+            (
+                f"this call runs on {candidate} and does not wait for {who}; RAINFUSION_PLUGIN_SECONDS sets how long "
+                "calls wait, RAINFUSION_DISABLED_PLUGINS switches plugins off",
+                RainfusionWarning,
+            )
+        )
+    return Prepared(lowered, tuple(warnings), not choice.late)
 
 
 def choose(plan: Plan, *, like: Array = None, device: object = None, backend: str | None = None) -> Choice:
@@ -209,8 +252,22 @@ def asked(backend: str | None) -> tuple[str, str] | None:
 
 
 def _choose(plan: Plan, asked_for: tuple[str, str] | None, *, like: Array = None, device: object = None) -> Choice:
-    name, words = asked_for or (None, None)
-    loaded, missing = ([host().backend(name)], []) if name else host().backends(like)
-    address = None if device is None else str(device)
-    able, rejected = choosing.candidates(plan, loaded, array=like, device=address)
-    return choosing.choose(plan, able, [*missing, *rejected], words, host().override)
+    plugins, address = host(), None if device is None else str(device)
+    if asked_for:
+        able, refusals = choosing.candidates(plan, [plugins.backend(asked_for[0])], array=like, device=address)
+        return choosing.choose(plan, able, refusals, asked_for[1], plugins.override)
+    able, refusals = _able(plan, like, address)
+    if not able and plugins.wait():  # only those that are late may be able to
+        able, refusals = _able(plan, like, address)
+    return choosing.choose(plan, able, refusals, None, plugins.override)
+
+
+def _able(plan: Plan, like: Array, device: str | None) -> tuple[list[Candidate], list[Refusal]]:
+    plugins = host()
+    loaded, missing = plugins.backends(like)
+    able, rejected = choosing.candidates(plan, loaded, array=like, device=device, ask=plugins.ask)
+    for refusal in rejected:
+        if refusal.stage == "probe" and not refusal.late:
+            faults.note(refusal.backend, "choose", refusal.reason)
+    unfit = {c.backend.name: why for c in able if (why := cache.unfit(plan, c.backend.name)) is not None}
+    return [c for c in able if c.backend.name not in unfit], [*missing, *rejected, *unfit.values()]

@@ -48,7 +48,11 @@ class Site:
     def start(self, *command: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run this Python with the site on its path."""
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RAINFUSION", "PYTEST"))}
-        path = {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        path = {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")])),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "RAINFUSION_PLUGIN_SECONDS": "30",  # machines that run tests are busy
+        }
         return subprocess.run(
             [sys.executable, *command],
             env={**inherited, **path, **environ},

@@ -72,6 +72,6 @@ def shown(value: Any) -> str:
     """
     try:
         text = " ".join(repr(value[:80] if isinstance(value, str | bytes) else value).splitlines())
-    except Exception:  # repr runs code of the value's class
+    except BaseException:  # repr runs code of the value's class
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import islice
+from numbers import Integral, Real
+from typing import Any, cast
 
 from rainfusion.core.backend import Backend, Device
-from rainfusion.core.errors import NoBackendError
+from rainfusion.core.checks import shown
+from rainfusion.core.errors import BackendError, NoBackendError, readable, said
 from rainfusion.core.plan import Plan
+
+_MOST_DEVICES, _MOST_OBJECTIONS = 4096, 64
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a backend is out: at stage ``disabled``, ``load``, ``probe`` or ``reject``, and how to get it in."""
+    """Why a backend is out: at stage ``disabled``, ``load``, ``probe`` or ``reject``, and how to get it in.
+
+    Attributes:
+        late: it has not answered yet; it may be in at a later call.
+    """
 
     backend: str
     stage: str
     reason: str
     install: str = ""
+    late: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("backend", "stage", "reason", "install"):  # they quote plugins, and end up on terminals
+            object.__setattr__(self, name, readable(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -46,20 +62,32 @@ class Choice:
     why: str
     refusals: tuple[Refusal, ...]
 
+    @property
+    def late(self) -> tuple[Refusal, ...]:
+        """The backends that have not answered yet; the next choice may be another."""
+        return tuple(refusal for refusal in self.refusals if refusal.late)
+
 
 Override = Callable[[Plan, Sequence[Candidate]], Candidate | None]
+Answered = tuple[list[Candidate], Refusal | None]
+Ask = Callable[[Backend, Callable[[], Answered]], Answered]
 
 
 def candidates(
-    plan: Plan, backends: Iterable[Backend], *, array: Any = None, device: str | None = None
+    plan: Plan, backends: Iterable[Backend], *, array: Any = None, device: str | None = None, ask: Ask | None = None
 ) -> tuple[list[Candidate], list[Refusal]]:
     """The backends that can run `plan` where `array` lives, or else on the device of that address.
 
     With neither, every device of every backend is considered. Best first.
+
+    Args:
+        ask: how a question is put to a backend, ``ask(backend, question)``; by default it is called here and now.
     """
-    able, refusals = [], []
+    able: list[Candidate] = []
+    refusals: list[Refusal] = []
     for backend in backends:
-        found, refusal = _candidates_of(backend, plan, array, device)
+        question = partial(_candidates_of, backend, plan, array, device)
+        found, refusal = question() if ask is None else ask(backend, question)
         able += found
         refusals += [refusal] if refusal else []
     return sorted(able, key=lambda candidate: -candidate.preference), refusals
@@ -105,31 +133,95 @@ def refusal_table(refusals: Sequence[Refusal]) -> str:
     )
 
 
-def _candidates_of(
-    backend: Backend, plan: Plan, array: Any, device: str | None
-) -> tuple[list[Candidate], Refusal | None]:
+def _candidates_of(backend: Backend, plan: Plan, array: Any, device: str | None) -> Answered:
     try:
         devices = _devices(backend, array, device)
-        objections = {d: backend.objections(plan, d) for d in devices}
-        able = [
-            Candidate(backend, d, backend.preference(plan, d), backend.speedup(plan, d))
-            for d in devices
-            if not objections[d]
-        ]
-    except (Exception, SystemExit) as error:  # a backend may fail in any way; that is a reason, not our failure
-        return [], Refusal(backend.name, "probe", f"{type(error).__name__}: {error}")
+        objections = {str(d): _objections(backend, plan, d) for d in devices}
+        able = [_candidate(backend, plan, d) for d in devices if not objections[str(d)]]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a backend may fail in any way; that is a reason, not our failure
+        return [], Refusal(backend.name, "probe", said(error))
     if not devices:
         return [], Refusal(backend.name, "reject", _not_its_device(array, device))
     if able:
         return able, None
-    return [], Refusal(backend.name, "reject", "; ".join(objections[devices[0]]))
+    return [], Refusal(backend.name, "reject", "; ".join(objections[str(devices[0])]))
 
 
 def _devices(backend: Backend, array: Any, device: str | None) -> list[Device]:
     if array is not None:
         owner = backend.device_of(array)
-        return [] if owner is None else [owner]
-    return [d for d in backend.devices() if device in (None, str(d), d.type)]
+        return [] if owner is None else [checked_device(backend.name, owner, "device_of")]
+    return [d for d in devices_of(backend) if device in (None, str(d), d.type)]
+
+
+def devices_of(backend: Backend) -> list[Device]:
+    """What `Backend.devices` lists.
+
+    Raises:
+        BackendError: no devices, or too many to be any.
+    """
+    found = listed(backend.devices(), _MOST_DEVICES, f"devices() of backend {backend.name!r}", "a list of Device")
+    return [checked_device(backend.name, device, "devices") for device in found]
+
+
+def breach(backend: Backend, plan: Plan, device: Device) -> str:
+    """What is wrong with a backend's answers about a plan on a device; empty for nothing."""
+    try:
+        if not _objections(backend, plan, device):
+            _candidate(backend, plan, device)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return said(error)
+    return ""
+
+
+def checked_device(name: str, device: Any, method: str) -> Device:
+    """The device itself.
+
+    Raises:
+        BackendError: a backend gave something else.
+    """
+    is_one = isinstance(device, Device) and type(device.type) is str and type(device.name) is str
+    if not is_one or not device.type.isprintable() or not (device.index is None or type(device.index) is int):
+        raise BackendError(f"{method}() of backend {name!r} gave {shown(device)}; give Device('type', index, 'name')")
+    return cast(Device, device)
+
+
+def _objections(backend: Backend, plan: Plan, device: Device) -> list[str]:
+    given = backend.objections(plan, device)
+    said_so = listed(given, _MOST_OBJECTIONS, f"objections() of backend {backend.name!r}", "a list of texts")
+    if not all(isinstance(text, str) for text in said_so):
+        raise BackendError(f"objections() of backend {backend.name!r} gave {shown(given)}; give a list of texts")
+    return said_so
+
+
+def _candidate(backend: Backend, plan: Plan, device: Device) -> Candidate:
+    preference, speedup = backend.preference(plan, device), backend.speedup(plan, device)
+    if not _is_finite(preference):
+        raise BackendError(f"preference() of backend {backend.name!r} gave {shown(preference)}; give a finite number")
+    if speedup is not None and not (_is_finite(speedup) and speedup > 0):
+        raise BackendError(
+            f"speedup() of backend {backend.name!r} gave {shown(speedup)}; give a positive number, or None"
+        )
+    rank = int(preference) if isinstance(preference, Integral) else cast(int, float(preference))
+    return Candidate(backend, device, rank, None if speedup is None else float(speedup))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def listed(value: Any, most: int, what: str, wanted: str) -> list[Any]:
+    """What a plugin gives where several things are due, as a list; it may be an iterator without an end."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise BackendError(f"{what} gave {shown(value)}; give {wanted}")
+    found = list(islice(value, most + 1))
+    if len(found) > most:
+        raise BackendError(f"{what} gave more than {most} things; give {wanted}")
+    return found
 
 
 def _not_its_device(array: Any, device: str | None) -> str:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import Any
+
+FAILURES = (Exception, SystemExit, GeneratorExit)
+"""What counts as a failure of a plugin or a driver: some call `sys.exit`, which must not end the program."""
 
 
 class RainfusionError(Exception):
@@ -81,3 +85,22 @@ def warn_caller(message: str, category: type[RainfusionWarning]) -> None:
     while sys._getframe(depth).f_globals.get("__name__", "").partition(".")[0] == "rainfusion":
         depth += 1
     warnings.warn(message, category, stacklevel=depth + 1)
+
+
+def said(error: BaseException) -> str:
+    """An error's type and the first line of its message, readable whatever the error is."""
+    try:
+        first_line = str(error).strip().partition("\n")[0]
+    except BaseException:  # code of the error's class
+        first_line = "(its message cannot be read)"
+    return f"{type(error).__name__}: {readable(first_line)}"
+
+
+def readable(text: Any, most: int = 400) -> str:
+    """Somebody else's text on one line, cut, and without control characters, which would act on a terminal."""
+    try:
+        text = " ".join(str.split(text if isinstance(text, str) else str(text)))
+    except BaseException:  # code of the value's class
+        text = f"<{type(text).__name__}>"
+    text = text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from array_api_compat import array_namespace
 
+from rainfusion.core import blame
 from rainfusion.core.arrays import array_facts, dtype_name, library_name
 from rainfusion.core.backend import Backend, Device, Run, Segment
 from rainfusion.core.checks import shown
@@ -22,6 +23,9 @@ from rainfusion.core.ops import ValueType
 from rainfusion.core.plan import GIVEN, INPUTS, Plan, given_types
 
 Array = Any
+DEFINITION = "definition"
+"""What runs a step that no kernel takes."""
+
 _ARGUMENTS = {name: name.removeprefix("%") for name in GIVEN}
 _LARGEST = np.iinfo(np.int32).max
 _MOST_ACCEPTED = 32  # kinds of arguments that an executable knows to fit
@@ -126,16 +130,43 @@ class Executable:
 
     def compute(self, arguments: Mapping[str, Any]) -> Any:
         """Run the plan on arguments that `check` has accepted."""
+        try:
+            return self._compute(arguments)
+        except BaseException as error:
+            named = blame.blamed(self.backend, "run", error)
+            if named is error:
+                raise
+            raise named from error
+
+    def _compute(self, arguments: Mapping[str, Any]) -> Any:
         backend, plan = self.backend, self.plan
         values = Values(self.constants)
         with backend.running(self.device):
             for name in plan.given:
                 values[name] = self._native(name, arguments[_ARGUMENTS[name]])
-            for step in self.steps:
-                values.update(step.run(values))
+            device = getattr(next(iter(values.values())), "device", None)
+            marked = blame.marks(values.items()) if self._is_foreign else ()
+            for step, due in zip(self.steps, self._due_of_steps, strict=True):
+                made = step.run(values)
+                if due:
+                    blame.check_made(backend, made, due, device)
+                values.update(made)
+            if marked:
+                blame.check_unwritten(backend, marked)
         like = next((value for value in arguments.values() if value is not None), None)
         results = tuple(self._result(name, values, like, arguments) for name in plan.returns)
         return results[0] if len(results) == 1 else results
+
+    @cached_property
+    def _is_foreign(self) -> bool:
+        return blame.is_foreign(self.backend)
+
+    @cached_property
+    def _due_of_steps(self) -> tuple[blame.Due, ...]:
+        """What every step has to make; nothing is asked of definitions."""
+        return tuple(
+            () if step.by == DEFINITION else blame.due_of(step.segment, self.plan.types) for step in self.steps
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.restore is None:
@@ -170,11 +201,17 @@ class Executable:
         if kind == self._mask_type:
             if self._is_constant(name):  # the caller may write into what it gets, and the next call reads this
                 value = array_namespace(value).asarray(value, copy=True)
-            return self._mask(self.backend.from_native(value, self._host_like(like), "bool"))
+            return self._mask(self._to_caller(name, value, like, ValueType(kind.shape, "bool")))
         if name == "%out":
             value = swap_if_bshd(value, plan.problem.tensor_layout)
-            return self.backend.from_native(value, like, plan.problem.dtype)
-        return self.backend.from_native(value, self._host_like(like), kind.dtype)
+            return self._to_caller(name, value, like, ValueType(plan.problem.q_shape, plan.problem.dtype))
+        return self._to_caller(name, value, like, kind)
+
+    def _to_caller(self, name: str, value: Array, like: Any, kind: ValueType) -> Array:
+        like = self._host_like(like)
+        result = self.backend.from_native(value, like, kind.dtype)
+        blame.check_result(self.backend, name, result, like, kind)
+        return result
 
     def _mask(self, blocks: Array) -> BlockMask:
         problem = self.plan.problem
@@ -233,7 +270,10 @@ class Executable:
     def check_operands(self, arguments: Mapping[str, Any]) -> None:
         """Refuse what may differ between calls whose tensors are of one kind: as `check`, without shapes of tensors."""
         if self._tensors:
-            self.backend.check_inputs(*[arguments[name] for name in self._tensors])
+            try:
+                self.backend.check_inputs(*[arguments[name] for name in self._tensors])
+            except Exception as error:
+                raise blame.blamed(self.backend, "run", error) from error.__cause__
         if "mask" in self._due:
             self._check_mask(arguments["mask"])
         for name in ("quotas", "kv_lengths"):

@@ -14,9 +14,11 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from rainfusion.core import blame
 from rainfusion.core.backend import Backend, Device, Kernel, Run, Segment
+from rainfusion.core.checks import shown
 from rainfusion.core.errors import LoweringError
-from rainfusion.core.executable import Executable, Step
+from rainfusion.core.executable import DEFINITION, Executable, Step
 from rainfusion.core.ops import Op, signature
 from rainfusion.core.plan import Plan
 
@@ -34,9 +36,11 @@ def lower(plan: Plan, backend: Backend, device: Device, *, strict: bool = False,
     """
     ops = [op for op in plan.ops if op.reads]  # the others are constants
     parts: list[_Part] = [_Part((op,), None, "") for op in ops]
-    kernels = tuple(backend.kernels(plan, device))
+    with blame.naming(backend, "lower"):
+        kernels = blame.checked_kernels(backend, backend.kernels(plan, device))
     while (start := next((part for part in parts if part.run is None), None)) is not None:
-        taken, declined = _best(start, parts, kernels, plan, device)
+        with blame.naming(backend, "lower"):
+            taken, declined = _best(start, parts, kernels, plan, device)
         if taken is None:
             if strict:
                 said = "; ".join(dict.fromkeys(declined)) or "it offers none for this operation"
@@ -45,7 +49,7 @@ def lower(plan: Plan, backend: Backend, device: Device, *, strict: bool = False,
                     f"({said}); "
                     "lower with strict=False to run it by its definition"
                 )
-            taken = _Part(start.ops, _by_definition(start.ops[0]), "definition")
+            taken = _Part(start.ops, _by_definition(start.ops[0]), DEFINITION)
         else:
             taken = _Part(taken.ops, taken.run, backend.name)
         at = parts.index(start)
@@ -81,7 +85,10 @@ def _best(
         offers.sort(key=lambda offer: -len(offer[0]))  # stable: of equals the backend's first
         ops, kernel = offers.pop(0)
         try:
-            return _Part(ops, kernel.build(_segment(ops, plan), plan, device), ""), declined
+            run = kernel.build(_segment(ops, plan), plan, device)
+            if not callable(run):
+                raise TypeError(f"build returned {shown(run)}; return the function that runs the segment")
+            return _Part(ops, run, ""), declined
         except LoweringError as reason:
             declined.append(f"{'+'.join(op.name for op in ops)}: {reason}")
         if len(ops) > 1:

@@ -12,10 +12,7 @@ from typing import Any
 from rainfusion.core.arrays import library_name
 from rainfusion.core.backend import INTERFACE, Backend, BackendSpec
 from rainfusion.core.checks import shown
-from rainfusion.core.errors import BackendError, BackendUnavailableError
-
-FAILURES = (Exception, SystemExit)
-"""What counts as a failure of a plugin or a driver: some call `sys.exit`, which must not end the program."""
+from rainfusion.core.errors import BackendError, BackendUnavailableError, said
 
 _broken: dict[str, str] = {}  # packages whose import failed half-way, and the error
 
@@ -36,15 +33,21 @@ def load(spec: BackendSpec) -> Backend:
         _check_requirements(spec)
         module, _, attribute = spec.target.partition(":")
         backend = getattr(import_module(module), attribute)()
-    except BackendUnavailableError:
+        is_it = isinstance(backend, Backend) and _is_name(getattr(backend, "name", None), spec.name)
+    except (BackendUnavailableError, KeyboardInterrupt):
         raise
-    except FAILURES as error:
+    except BaseException as error:
         _restore(environ)
         _broken.update({name: said(error) for name in spec.requires if _is_half_imported(name)})
         raise BackendUnavailableError(f"backend {spec.name!r} does not load: {said(error)}", spec.install) from error
-    if not isinstance(backend, Backend) or getattr(backend, "name", None) != spec.name:
-        raise BackendUnavailableError(f"{spec.target} is not a Backend with name {spec.name!r}")
-    return backend
+    if not is_it:
+        raise BackendUnavailableError(f"{spec.target} is not a Backend with name {spec.name!r}", spec.install)
+    made: Backend = backend
+    return made
+
+
+def _is_name(given: Any, name: str) -> bool:
+    return isinstance(given, str) and str(given) == name
 
 
 def _check_requirements(spec: BackendSpec) -> None:
@@ -87,13 +90,13 @@ def checked_spec(spec: Any) -> BackendSpec:
     Raises:
         BackendError: it is not a well-formed spec; the message names the field and what it takes.
     """
-    if not isinstance(spec, BackendSpec):
+    if type(spec) is not BackendSpec:
         raise BackendError(f"rainfusion_backends yields {shown(spec)}; give BackendSpec(name, 'package.module:Class')")
     for field, holds, wanted in (
-        ("name", isinstance(spec.name, str), "text"),
-        ("target", isinstance(spec.target, str), "text, 'package.module:Class'"),
+        ("name", _is_text(spec.name) and spec.name.isprintable(), "text that can be printed"),
+        ("target", _is_text(spec.target), "text, 'package.module:Class'"),
         ("requires", _are_texts(spec.requires), "a tuple of module names"),
-        ("install", isinstance(spec.install, str), "text"),
+        ("install", _is_text(spec.install), "text"),
         ("isolate", isinstance(spec.isolate, bool), "True or False"),
         ("revision", _is_integer(spec.revision), "a whole number"),
         ("arrays", _are_texts(spec.arrays), "a tuple such as ('torch:cuda',)"),
@@ -107,15 +110,13 @@ def checked_spec(spec: Any) -> BackendSpec:
     return spec
 
 
-def said(error: BaseException) -> str:
-    """An error's type and the first line of its message."""
-    first_line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first_line}"
+def _is_text(value: Any) -> bool:
+    return type(value) is str  # a subclass may compare and hash as it likes
 
 
 def _are_texts(value: Any) -> bool:
-    return isinstance(value, tuple | list) and all(isinstance(item, str) and item for item in value)
+    return type(value) in (tuple, list) and all(_is_text(item) and item for item in value)
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return type(value) is int

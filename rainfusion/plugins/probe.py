@@ -1,25 +1,31 @@
-"""What devices are here: one status per backend and device, each backend probed so that none can break it.
-
-As a program (``python -m rainfusion.plugins.probe NAME``) it probes one backend and prints JSON, so that
-a stack that ends the interpreter ends only that process.
-"""
+"""What devices are here: one status per backend and device, each backend probed so that none can break it."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import EntryPoint
+from typing import Any
 
-from rainfusion.core.errors import BackendError, BackendUnavailableError
-from rainfusion.plugins.loading import FAILURES
-from rainfusion.plugins.manager import PluginHost, host
+from rainfusion.core import choice, faults
+from rainfusion.core.backend import Backend, BackendSpec, Capabilities, Device
+from rainfusion.core.checks import shown
+from rainfusion.core.choice import Refusal
+from rainfusion.core.errors import BackendError, BackendUnavailableError, readable, said
+from rainfusion.plugins import apart, installed
+from rainfusion.plugins.answers import Answer
+from rainfusion.plugins.loading import checked_spec
+from rainfusion.plugins.manager import (
+    REGISTERED,
+    Announced,
+    Announcement,
+    PluginHost,
+    announcement,
+    host,
+    host_so_far,
+)
 
 READY, UNAVAILABLE = "ready", "unavailable"
-_SECONDS = 120
-_ANSWER = "rainfusion devices: "  # marks the line of the answer among all that a driver stack prints
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,8 @@ class DeviceStatus:
     """One line of `rainfusion devices`.
 
     Attributes:
-        status: ``ready`` or ``unavailable``; for the latter `stage` (disabled, load, probe), `reason`
-            and `install` say why and what to do.
+        status: ``ready`` or ``unavailable``; for the latter `stage` (disabled, load, probe, choose, lower, run),
+            `reason` and `install` say why and what to do.
     """
 
     backend: str
@@ -39,67 +45,153 @@ class DeviceStatus:
     reason: str = ""
     install: str = ""
 
+    def __post_init__(self) -> None:
+        for field in ("backend", "status", "device", "name", "stage", "reason", "install"):
+            object.__setattr__(self, field, readable(getattr(self, field)))
+
 
 def devices(*, isolate: bool | None = None) -> list[DeviceStatus]:
     """Every backend and device, and why those that are missing are missing.
 
+    What backends and plugins of this process have done wrong in calls is listed as well.
+
     Args:
-        isolate: probe each backend that requires something, or whose spec asks for it, in a process of its
-            own; None does so only where the spec asks for it.
+        isolate: import no other package's plugin in this process, and probe its backends, and those that require
+            something, each in a process of its own. None does so only for backends whose spec asks for it; False for
+            none. What `rainfusion.register` announced is probed here in any case.
     """
-    plugins = host()
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        found = pool.map(lambda name: _statuses(plugins, name, isolate), plugins.names)
-        rows = [status for statuses in found for status in statuses]
-    rows += [DeviceStatus(f.backend, UNAVAILABLE, "", "", f.stage, f.reason, f.install) for f in plugins.failures]
-    return rows
+    plugins = host_apart() if isolate else host()
+    rows = {name: _here_or_apart(plugins, name, isolate) for name in plugins.names}
+    questions = {name: row for name, row in rows.items() if isinstance(row, tuple)}
+    for name, answer in zip(questions, apart.ask_all([*questions.values()]), strict=True):
+        install = plugins.announced(name).spec.install
+        try:
+            rows[name] = [DeviceStatus(**row) for row in answer()]
+        except BackendError as error:
+            rows[name] = [_out(name, "probe", str(error), install)]
+    found = [status for statuses in rows.values() for status in statuses if isinstance(status, DeviceStatus)]
+    wrong: list[Refusal] = [*plugins.failures, *faults.noted()]
+    return found + [_out(refusal.backend, refusal.stage, refusal.reason, refusal.install) for refusal in wrong]
 
 
-def _statuses(plugins: PluginHost, name: str, isolate: bool | None) -> Iterable[DeviceStatus]:
+def host_apart() -> PluginHost:
+    """A host that has asked other packages' plugins for their backends in processes of their own.
+
+    It knows what `rainfusion.register` announced in this process, too.
+    """
+    entries, broken = installed.entries()
+    others = [entry for entry in entries if not installed.is_builtin(entry) and PluginHost.enables(entry)]
+    answers = zip(others, apart.ask_all([(installed.origin(entry),) for entry in others]), strict=True)
+    told = {installed.origin(entry): Answer(answer, here=True) for entry, answer in answers}
+
+    def announce(entry: EntryPoint) -> Answer[Announcement]:
+        def given() -> Announcement:
+            rows = told[installed.origin(entry)].within(0)
+            if "failure" in rows:
+                raise _AsSaid(rows["failure"])
+            return Announcement(None, tuple(checked_spec(BackendSpec(**row)) for row in rows["specs"]))
+
+        return Answer(given, here=True)
+
+    made = PluginHost(found=entries, announce=announce, broken=broken)
+    here = host_so_far()
+    if here is not None:
+        made.adopt(here)
+    return made
+
+
+class _AsSaid(BackendError):
+    """What went wrong in another process, in the words from there."""
+
+
+def _here_or_apart(plugins: PluginHost, name: str, isolate: bool | None) -> list[DeviceStatus] | tuple[str, str]:
+    """The rows of a backend, or the question to be put to a process of its own."""
     try:
         announced = plugins.announced(name)
     except BackendError as error:
-        return [DeviceStatus(name, UNAVAILABLE, stage="load", reason=str(error))]
-    spec = announced.spec
-    apart = spec.isolate if isolate is None else isolate and (spec.isolate or bool(spec.requires))
-    announced_here_only = announced.plugin == "rainfusion.register"
-    return _probe_apart(name) if apart and not announced_here_only else probe(plugins, name)
+        return [_out(name, "load", str(error))]
+    if _is_apart(announced, isolate):
+        return announced.plugin, name
+    return probe(plugins, name)
+
+
+def _is_apart(announced: Announced, isolate: bool | None) -> bool:
+    if announced.plugin == REGISTERED or isolate is False:
+        return False
+    return announced.spec.isolate or bool(isolate and (announced.spec.requires or not announced.trusted))
 
 
 def probe(plugins: PluginHost, name: str) -> list[DeviceStatus]:
-    """Load a backend and ask it for its devices, in this process."""
+    """Load a backend and ask it for its devices, in this process; one of another package answers within a limit."""
+    announced = plugins.announced(name)
+    answer = Answer(lambda: _probed(plugins, name), here=announced.trusted)
+    try:
+        return answer.within(apart.seconds())
+    except BackendError as error:
+        return [_out(name, "probe", str(error), announced.spec.install)]
+
+
+def _probed(plugins: PluginHost, name: str) -> list[DeviceStatus]:
     install = plugins.announced(name).spec.install
     try:
         backend = plugins.backend(name)
     except BackendUnavailableError as error:
-        return [DeviceStatus(name, UNAVAILABLE, stage="load", reason=error.reason, install=error.install)]
+        return [_out(name, "load", error.reason, error.install)]
     try:
-        found = [DeviceStatus(name, READY, str(device), device.name) for device in backend.devices()]
+        devices = choice.devices_of(backend)
+        wrong = [reason for device in devices if (reason := _breach(backend, device))]
     except BackendUnavailableError as error:
-        how = error.install or install
-        return [DeviceStatus(name, UNAVAILABLE, stage="probe", reason=error.reason, install=how)]
-    except FAILURES as error:
-        reason = f"{type(error).__name__}: {error}"
-        return [DeviceStatus(name, UNAVAILABLE, stage="probe", reason=reason, install=install)]
-    nothing = DeviceStatus(name, UNAVAILABLE, stage="probe", reason="no device of this kind here", install=install)
-    return found or [nothing]
+        return [_out(name, "probe", error.reason, error.install or install)]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return [_out(name, "probe", said(error), install)]
+    if wrong:
+        return [_out(name, "choose", wrong[0], install)]
+    found = [DeviceStatus(name, READY, str(device), device.name) for device in devices]
+    return found or [_out(name, "probe", "no device of this kind here", install)]
 
 
-def _probe_apart(name: str) -> list[DeviceStatus]:
-    command = [sys.executable, "-m", "rainfusion.plugins.probe", name]
+def _breach(backend: Backend, device: Device) -> str:
+    """What is wrong with the answers of a backend about a small plan; empty for nothing."""
+    capabilities = backend.capabilities(device)
+    if not isinstance(capabilities, Capabilities):
+        return f"capabilities() gave {shown(capabilities)}; give rainfusion.Capabilities(...)"
+    return choice.breach(backend, _small_plan(), device)
+
+
+def _small_plan() -> Any:
+    from rainfusion.core.planner import plan
+    from rainfusion.core.policies import TopK
+    from rainfusion.core.problem import AttentionProblem
+
+    return plan(AttentionProblem(1, 1, 512, 512, 64), policy=TopK(0.5))
+
+
+def _out(name: str, stage: str, reason: str, install: str = "") -> DeviceStatus:
+    return DeviceStatus(name, UNAVAILABLE, stage=stage, reason=reason, install=install)
+
+
+# -- in a process apart --------------------------------------------------------------------------------
+
+
+def announced_by(plugin: str) -> dict[str, Any]:
+    """The specs that a plugin announces, or why it does not."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return [DeviceStatus(name, UNAVAILABLE, stage="probe", reason=f"no answer within {_SECONDS} s")]
-    try:
-        answer = next(line for line in done.stdout.splitlines() if line.startswith(_ANSWER))
-        return [DeviceStatus(**row) for row in json.loads(answer.removeprefix(_ANSWER))]
-    except (StopIteration, ValueError, TypeError):
-        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        reason = f"the probing process ended with status {done.returncode}: {last}"
-        return [DeviceStatus(name, UNAVAILABLE, stage="probe", reason=reason)]
+        specs = announcement(_entry(plugin)).specs
+    except BaseException as error:
+        return {"failure": said(error)}
+    return {"specs": [asdict(spec) for spec in specs]}
 
 
-if __name__ == "__main__":
-    found_here = json.dumps([asdict(status) for status in probe(host(), sys.argv[1])])
-    print(f"\n{_ANSWER}{found_here}", flush=True)
+def devices_of(plugin: str, backend: str) -> list[dict[str, str]]:
+    """The rows of one backend, with no other package's plugin loaded than the one that announces it."""
+    found: Iterable[EntryPoint] = [] if plugin == installed.OURS else [_entry(plugin)]
+    plugins = PluginHost({}, found)
+    plugins.settle(apart.seconds())
+    return [asdict(status) for status in probe(plugins, backend)]
+
+
+def _entry(plugin: str) -> EntryPoint:
+    entries: Sequence[EntryPoint] = installed.entries()[0]
+    return next(entry for entry in entries if installed.origin(entry) == plugin)

@@ -221,16 +221,12 @@ def test_threads_that_ask_at_once_share_one_host(monkeypatch: pytest.MonkeyPatch
     assert all(host is hosts[0] for host in hosts)
 
 
-def test_the_reference_cannot_be_replaced(site: Any, plugin: Any) -> None:
-    site.add("usurper", {"usurper": "usurper"}, {"usurper.py": plugin(reference="usurper_backend:Reference")})
-    code = """
-        import rainfusion
-        try:
-            rainfusion.plugins.manager.host().backend("reference")
-        except rainfusion.core.errors.DuplicateBackendError as error:
-            answer = str(error)
-    """
-    assert "usurper_backend:Reference" in site.ask("import rainfusion.functional\n" + code.replace("\n        ", "\n"))
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_a_backend_of_our_own_cannot_be_replaced(site: Any, plugin: Any, name: str) -> None:
+    site.add("usurper", {"usurper": "usurper"}, {"usurper.py": plugin(**{name: "usurper_backend:Reference"})})
+    rows = site.ask(ROWS, RAINFUSION_DISABLED_PLUGINS="triton,torch_npu,openvino")
+    assert f"announces a backend '{name}', a name of rainfusion's own; choose another" in failures(rows)["usurper"][1]
+    assert name in ready(rows)
 
 
 @pytest.mark.parametrize(

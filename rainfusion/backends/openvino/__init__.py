@@ -14,6 +14,6 @@ def rainfusion_backends() -> list[BackendSpec]:
             requires=("openvino", "ml_dtypes"),
             install="pip install 'rainfusion[openvino]'",
             arrays=("numpy", "torch:cpu"),
-            revision=2,
+            revision=3,
         )
     ]

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
-import openvino as ov
-from openvino import opset13 as op
 
 from rainfusion.backends.openvino.copies import converted
 from rainfusion.backends.openvino.lengths import common_run, counted
@@ -20,6 +18,7 @@ from rainfusion.backends.openvino.row_model import gathered
 from rainfusion.backends.openvino.runtime import Arrays, Requests, parallel_streams
 from rainfusion.backends.openvino.schedule import cuts
 from rainfusion.backends.openvino.tensors import ELEMENTS, BlockNumbers, Side, TokenTable, longest_run, token_table
+from rainfusion.backends.openvino.vendor import op, ov
 from rainfusion.core.backend import Device
 from rainfusion.core.layout import BlockedAxis
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import openvino as ov
-from openvino import opset13 as op
 
 from rainfusion.backends.openvino.memory import POOL
 from rainfusion.backends.openvino.processes import per_process
 from rainfusion.backends.openvino.runtime import Requests
+from rainfusion.backends.openvino.vendor import op, ov
 from rainfusion.core.backend import Device
 from rainfusion.core.ops import BlockScore
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import openvino as ov
-from openvino import opset13 as op
 
 from rainfusion.backends.openvino.processes import per_process
 from rainfusion.backends.openvino.runtime import Requests, parallel_streams
+from rainfusion.backends.openvino.vendor import op, ov
 from rainfusion.core.backend import Device
 
 ENTRIES = 0  # the axis of a table along which tokens lie

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import openvino as ov
 
 from rainfusion.backends.openvino.processes import per_process
 from rainfusion.backends.openvino.tensors import tensor_on
+from rainfusion.backends.openvino.vendor import ov
 from rainfusion.core.backend import Device
 from rainfusion.core.errors import BackendUnavailableError
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-import openvino as ov
 
+from rainfusion.backends.openvino.vendor import ov
 from rainfusion.core.layout import BlockedAxis
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
