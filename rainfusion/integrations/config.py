@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+from rainfusion.core.checks import shown
 from rainfusion.core.errors import PolicyError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.parts import Sink
@@ -87,16 +88,20 @@ class RainFusionConfig:
         TokenLayout((2, 64, 64), window=self.window, block=self.block, sink=self.sink)  # refuses what is none
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}")
+                raise ConfigError(
+                    f"{name}={shown(getattr(self, name))} is not known; choose one of {', '.join(allowed)}"
+                )
         for name, least in _COUNTS.items():
             value = getattr(self, name)
             if not _is_count(value, least) and not (value is None and name in _OPTIONAL):
-                raise ConfigError(f"{name}={value!r} is not a whole number from {least} on")
+                raise ConfigError(f"{name}={shown(value)} is not a whole number from {least} on")
         for name in ("share_masks", "timed"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is neither True nor False")
+                raise ConfigError(f"{name}={shown(getattr(self, name))} is neither True nor False")
         if not isinstance(self.backend, str | None):
-            raise ConfigError(f"backend={self.backend!r} is not the name of a backend; `rainfusion devices` lists them")
+            raise ConfigError(
+                f"backend={shown(self.backend)} is not the name of a backend; `rainfusion devices` lists them"
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -116,15 +121,17 @@ class RainFusionConfig:
         """The configuration that `to_json` wrote, or one written by hand; arguments left out have their default.
 
         Raises:
-            ConfigError: not a JSON object, or an argument that there is not.
+            ConfigError: not a JSON object, an argument that there is not, or a value out of range.
+            LayoutError: a block, window or sink that is none.
         """
         try:
             record = json.loads(text)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"a configuration is a JSON object, and this is not JSON: {error}") from None
         known = [f.name for f in fields(cls)]
         if not isinstance(record, dict) or {*record} - {*known}:
-            unknown = ", ".join(sorted({*record} - {*known})) if isinstance(record, dict) else type(record).__name__
+            names = sorted({*record} - {*known}) if isinstance(record, dict) else [type(record).__name__]
+            unknown = ", ".join(name[:80] for name in names[:3])
             raise ConfigError(f"{unknown} is no argument of a configuration; choose from {', '.join(known)}")
         return cls(**record)
 
@@ -137,7 +144,7 @@ def _plain(value: Any) -> Any:
 
 def _shares(value: Any, name: str) -> Shares:
     if isinstance(value, Mapping):
-        shares = {_index(key, name): _share(item, f"{name}[{key}]") for key, item in value.items()}
+        shares = {_index(key, name): _share(item, f"{name}[{shown(key)}]") for key, item in value.items()}
         return MappingProxyType(dict(sorted(shares.items())))
     return _share(value, name)
 
@@ -152,31 +159,33 @@ def _share(value: Any, name: str) -> Share:
 
 def _by_step(value: Any) -> Mapping[int, Shares]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"sparsity_from_step={value!r} is not a mapping; give {{10: 0.9}}, for example")
+        raise ConfigError(f"sparsity_from_step={shown(value)} is not a mapping; give {{10: 0.9}}, for example")
     steps = {
-        _index(step, "sparsity_from_step"): _shares(item, f"sparsity_from_step[{step}]") for step, item in value.items()
+        _index(step, "sparsity_from_step"): _shares(item, f"sparsity_from_step[{shown(step)}]")
+        for step, item in value.items()
     }
     return MappingProxyType(dict(sorted(steps.items())))
 
 
 def _index(key: Any, name: str) -> int:
-    number = int(key) if isinstance(key, str) and key.removeprefix("-").isdigit() else key
+    written = isinstance(key, str) and len(key) < 20 and key.removeprefix("-").isdecimal()
+    number = int(key) if written else key
     if not _is_count(number, 0):
-        raise ConfigError(f"{name} has the key {key!r}; keys are whole numbers from 0 on")
+        raise ConfigError(f"{name} has the key {shown(key)}; keys are whole numbers from 0 on")
     return int(number)
 
 
 def _pair(value: Any) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, list | tuple) else ()
     if len(pair) != 2 or not all(_is_count(item, 0) for item in pair):
-        raise ConfigError(f"dense_steps={value!r} is not (steps at the start, steps at the end)")
+        raise ConfigError(f"dense_steps={shown(value)} is not (steps at the start, steps at the end)")
     return pair  # type: ignore[return-value]
 
 
 def _layers(value: Any) -> tuple[int, ...]:
     layers = tuple(value) if isinstance(value, list | tuple) else None
     if layers is None or not all(isinstance(item, int) and not isinstance(item, bool) for item in layers):
-        raise ConfigError(f"dense_layers={value!r} is not a tuple of layer numbers")
+        raise ConfigError(f"dense_layers={shown(value)} is not a tuple of layer numbers")
     return layers
 
 

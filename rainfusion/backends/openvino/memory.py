@@ -14,6 +14,7 @@ import weakref
 import numpy as np
 
 KEPT = 2**28  # bytes that wait for the next call
+_BLOCKS = 24  # and blocks, the newest: calls of one size take and give the same few, older ones are of other sizes
 
 
 class Pool:
@@ -38,6 +39,7 @@ class Pool:
 
     def _take(self, size: int) -> np.ndarray:
         with self._lock:
+            del self._free[:-_BLOCKS]
             fits = [at for at, block in enumerate(self._free) if size <= block.nbytes <= 2 * size]
             if fits:
                 return self._free.pop(min(fits, key=lambda at: self._free[at].nbytes))

@@ -10,8 +10,9 @@ from typing import Any, Generic, ParamSpec, TypeVar
 Parameters = ParamSpec("Parameters")
 Made = TypeVar("Made")
 
-# Each may hold a compiled model, its memory and its threads.
-_MOST = 32
+# Each may hold a compiled model, its memory (20 MiB and more) and a thread for every core. A process uses few at a
+# time: one a head dim and dtype.
+_MOST = 8
 
 _of_parents: list[Any] = []
 """Caches of the processes that this one was forked from: to end what they hold would wait for threads that are gone."""
