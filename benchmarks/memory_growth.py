@@ -53,10 +53,12 @@ def one_call(backend: str, vary: str, call: int) -> None:
     def varies(*names: str) -> bool:
         return vary in (*names, "all")
 
-    frames, height, width = (2 + call % 5, 6 + call // 5 % 19, 8 + call // 95 % 21) if varies("shape") else (4, 12, 14)
-    text = 1 + call % 997 if varies("text") else 16
-    head_dim = 8 + call % 249 if varies("head_dim") else 64
-    sparsity = 0.3 + 0.6 * (call % 1999) / 1999 if varies("budget") else 0.7
+    # Primes step through all values without a trend: or the later calls would need more than the early ones.
+    shape, other = call * 683 % 1995, call * 101
+    frames, height, width = (2 + shape % 5, 6 + shape // 5 % 19, 8 + shape // 95) if varies("shape") else (4, 12, 14)
+    text = 1 + other % 499 if varies("text") else 16
+    head_dim = 8 + other % 249 if varies("head_dim") else 64
+    sparsity = 0.3 + 0.6 * (other % 1999) / 1999 if varies("budget") else 0.7
     tokens = frames * height * width + text
     q, k, v = (_DRAW.standard_normal((1, 2, tokens, head_dim), np.float32) for _ in range(3))
     lengths = np.array([tokens - call % 16]) if varies("lengths") else None

@@ -25,19 +25,14 @@ _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__na
 _WIDTH = 120  # columns where the output is no terminal
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:  # rich would end the program with status 1
-        raise BrokenPipeError
-
-
 def stdout() -> Console:
     """The console for results."""
-    return _Console(soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH)
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH)
 
 
 def stderr() -> Console:
     """The console for everything else."""
-    return _Console(stderr=True, soft_wrap=True)
+    return Console(stderr=True, soft_wrap=True)
 
 
 def print_json(record: Any) -> None:
@@ -63,7 +58,7 @@ def errors_as_lines() -> Iterator[None]:
         try:
             yield
         except SystemExit as ended:
-            _end(ended.code)
+            _end(0 if isinstance(ended.__context__, BrokenPipeError) else ended.code)  # which rich makes status 1
         except _UsageError as error:
             message = error.format_message()
             if "\n" in message:
