@@ -29,7 +29,7 @@ def parity(
     cases: Annotated[
         str, typer.Option(metavar="PATTERN", help="Names to run, such as '*bf16', 'video*' or 'clip*'.")
     ] = "*",
-    seed: Annotated[int | None, typer.Option(help="Of the inputs.  \\[default: that of each case]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the inputs.  \\[default: that of each case]")] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write what --backend did to a file, for --compare.")
     ] = None,

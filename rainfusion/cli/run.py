@@ -34,7 +34,7 @@ def run(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Timed runs of each.  \\[default: as many as fit into 15 s, at least 2]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random maps, noise and random blocks.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random maps, noise and random blocks.")] = 0,
     png: Annotated[Path | None, typer.Option(help="Draw the clip, the error, the mask and the figures.")] = None,
     as_json: JSON = False,
 ) -> None:

@@ -18,7 +18,9 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from rainfusion.core.checks import shown
 from rainfusion.core.errors import MaskError
+from rainfusion.core.files import IrregularFileError, as_path, open_regular
 from rainfusion.core.layout import TokenLayout
 
 _VERSION = 2  # 1 had no layout
@@ -75,23 +77,24 @@ def read(path: str | PathLike[str], build: Callable[[np.ndarray, Any, Any, Any, 
         OSError: no such file, or it may not be read.
     """
     place = _checked_path(path)
-    if place.exists() and not place.is_file():  # opening a pipe would wait for its other end
-        raise MaskError(f"{place} is not a regular file; give the path of a mask written with BlockMask.save")
-    with place.open("rb") as file:
+    try:
+        opened = open_regular(place)
+    except IrregularFileError as error:
+        raise MaskError(f"{error}; give the path of a mask written with BlockMask.save") from error
+    with opened as file:
         try:
             return build(*_content(file))
         except Exception as error:  # zipfile, zlib and NumPy fail on a damaged file in ways none of them lists
             raise MaskError(
-                f"{place} is not a rainfusion block mask ({error}); write one with BlockMask.save"
+                f"{place} is not a rainfusion block mask ({str(error)[:300]}); write one with BlockMask.save"
             ) from error
 
 
 def _checked_path(path: Any) -> Path:
-    if isinstance(path, str | PathLike):
-        path = os.fspath(path)
-    if not isinstance(path, str) or "\0" in path:
-        raise MaskError(f"path={path!r} is not the path of a file; give a str or a pathlib.Path")
-    return Path(path)
+    try:
+        return as_path(path)
+    except IrregularFileError as error:
+        raise MaskError(str(error)) from None
 
 
 def _content(file: IO[bytes]) -> tuple[np.ndarray, Any, Any, Any, TokenLayout | None]:
@@ -100,7 +103,7 @@ def _content(file: IO[bytes]) -> tuple[np.ndarray, Any, Any, Any, TokenLayout | 
         header = json.loads(_member(archive, "header").tobytes())
         version = header["version"]
         if type(version) is not int or not 1 <= version <= _VERSION:
-            raise MaskError(f"mask format {version!r}; this rainfusion reads 1 to {_VERSION}")
+            raise MaskError(f"mask format {shown(version)}; this rainfusion reads 1 to {_VERSION}")
         written = header["layout"] if version > 1 else None
         layout = None if written is None else TokenLayout.from_dict(written)
         return _member(archive, "bits"), header["q_len"], header["kv_len"], header["block"], layout

@@ -20,7 +20,7 @@ from rainfusion.core.errors import PlanFormatError, PolicyError, RainfusionError
 from rainfusion.core.layout import BlockedAxis, TokenLayout
 from rainfusion.core.mask import BlockMask
 from rainfusion.core.ops import AllBlocks, Attend, AttendMeans, BlockScore, Op, Select, ValueType
-from rainfusion.core.ops.base import from_dict, value_name
+from rainfusion.core.ops.base import from_dict, refuse_much_data, value_name
 from rainfusion.core.policies import Policy
 from rainfusion.core.problem import AttentionProblem
 
@@ -316,10 +316,11 @@ class Plan:
             unknown = {*record} - {"rainfusion_plan", "problem", "layout", "ops", "returns"}
             if unknown:
                 raise PlanFormatError(f"a plan has no {', '.join(sorted(map(str, unknown)))}")
+            refuse_much_data(record["ops"][: _MOST_OPS + 1])
             return cls(
                 AttentionProblem(**record["problem"]),
                 TokenLayout.from_dict(record["layout"]),
-                tuple(from_dict(op) for op in record["ops"]),
+                tuple(from_dict(op) for op in record["ops"][: _MOST_OPS + 1]),
                 tuple(value_name(name) for name in record["returns"]),
             )
         except PlanFormatError:

@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from rainfusion.integrations.report import Report
 
 _MOST_PANELS = 8
+_MOST_CELLS = 2**24  # of a panel; no screen shows more
 _UNKNOWN = 0.5  # a density that only the data knows
 
 
 def draw(report: Report, path: str | PathLike[str]) -> None:
-    """Write the heat map of a report: a panel for every model and context of its last run."""
+    """Write the heat map of a report: a panel for every model and context of its last run.
+
+    Raises:
+        PictureError: as `style.figure`, or more layers and steps than can be drawn.
+    """
     panels = _panels(report)
     with style.figure(path, 4.4 * max(len(panels), 1), 3.6) as figure:
         axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
@@ -46,7 +51,13 @@ def _panels(report: Report) -> dict[str, Any]:
         if name not in panels:
             if len(panels) == _MOST_PANELS:
                 continue
-            panels[name] = np.full((report.layers[row.model], steps), np.nan)
+            shape = (report.layers[row.model], steps)
+            if shape[0] * shape[1] > _MOST_CELLS:
+                raise style.PictureError(
+                    f"a heat map of {shape[0]} layers and {steps} steps takes {8 * shape[0] * steps} bytes; "
+                    f"at most {8 * _MOST_CELLS} are drawn"
+                )
+            panels[name] = np.full(shape, np.nan)
         if row.kind != "skipped":
             panels[name][row.layer, row.step] = _UNKNOWN if row.density is None else row.density
     return panels

@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rainfusion.core.checks import as_int, as_number, as_share, shown
+from rainfusion.core.errors import RainfusionError
 from rainfusion.integrations.config import RainFusionConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SPARSE, REUSED, DENSE, SKIPPED = "sparse", "reused", "dense", "skipped"
+
+
+class ReportFormatError(RainfusionError, ValueError):
+    """Text that is no report."""
 
 
 class Row(NamedTuple):
@@ -104,10 +110,20 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report that `to_json` wrote."""
-        record = json.loads(text)
-        rows = tuple(Row(**dict(zip(record["columns"], row, strict=True))) for row in record["rows"])
-        return cls(RainFusionConfig.from_json(json.dumps(record["config"])), record["layers"], rows, record["lost"])
+        """The report that `to_json` wrote; nothing in it is trusted.
+
+        Raises:
+            ReportFormatError: anything else.
+        """
+        try:
+            record = json.loads(text)
+            layers = {_text(model): _count(number) for model, number in record["layers"].items()}
+            rows = tuple(_row(dict(zip(record["columns"], row, strict=True)), layers) for row in record["rows"])
+            config = RainFusionConfig.from_json(json.dumps(record["config"]))
+            return cls(config, layers, rows, _count(record["lost"]))
+        except (RainfusionError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            said = f"{type(error).__name__}: {error}"[:300]
+            raise ReportFormatError(f"not a report of Report.to_json ({said}); write one with it") from error
 
     def table(self) -> Table:
         """The rows by model, context and step, as a `rich.table.Table`."""
@@ -152,6 +168,30 @@ class Report:
         from rainfusion.integrations.heatmap import draw
 
         draw(self, path)
+
+
+def _row(record: dict[str, Any], layers: dict[str, int]) -> Row:
+    """A row of a file, checked: what draws and counts rows reads them as they are."""
+    row = Row(**record)
+    for words in (row.model, row.context, row.kind, row.why):
+        _text(words)
+    for number in (row.run, row.step, row.layer):
+        _count(number)
+    if row.layer >= layers[row.model]:
+        raise ValueError(f"a row of layer {row.layer}; {shown(row.model)} has {layers[row.model]}")
+    density = None if row.density is None else as_share(row.density, "density", ReportFormatError, top=True)
+    ms = None if row.ms is None else as_number(row.ms, "ms", ReportFormatError, "milliseconds")
+    return row._replace(density=density, ms=ms)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{shown(value)} is no text")
+    return value
+
+
+def _count(value: Any) -> int:
+    return as_int(value, "a count", ReportFormatError, minimum=0)
 
 
 @dataclass

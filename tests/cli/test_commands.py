@@ -1,5 +1,6 @@
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,85 @@ def test_as_a_module():
     assert done.returncode == 2
     assert done.stderr.startswith("error: sparsity=2.0 is out of range")
     assert len(done.stderr.splitlines()) == 1
+
+
+def shell(line, **environment):
+    """A command line of a shell, ``rainfusion`` in it: exit status, stdout, stderr."""
+    line = line.replace("rainfusion", f"{sys.executable} -m rainfusion.cli")
+    environ = {name: text for name, text in {**os.environ, **environment}.items() if text is not None}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], env=environ, capture_output=True, text=True, check=False, timeout=100
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full here")
+@pytest.mark.parametrize(
+    "arguments", ["plan --grid 2x8x8 --block 16 --sink none", "plan --grid 2x8x8 --sink none --json", "--help"]
+)
+def test_outputs_that_cannot_be_written(arguments):
+    assert shell(f"rainfusion {arguments} | head -c 1")[0] == 0
+    code, _, err = shell(f"rainfusion {arguments} > /dev/full")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "No space left" in err
+    code, _, err = shell(f"rainfusion {arguments} >&-")
+    assert code == 2
+    assert err.startswith("error: standard output is closed")
+    assert shell(f"rainfusion {arguments} 2>&- >/dev/null")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"COLUMNS": "0"},
+        {"COLUMNS": "none", "LINES": "-1"},
+        {"HOME": None, "TERM": None},
+        {"RAINFUSION_PLUGINS": "", "RAINFUSION_BACKEND": "", "RAINFUSION_OPENVINO_DEVICE": ""},
+    ],
+    ids=str,
+)
+def test_odd_environments(environment):
+    code, out, err = shell("rainfusion plan --grid 2x8x8 --block 16 --sink none", **environment)
+    assert (code, err) == (0, "")
+    assert "density" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--seed", "-1"],
+        ["run", "carphone", "--start", "9" * 30],
+        ["run", "/dev/zero"],
+        ["run", "x" * 5000],
+        ["run", "a\x1b[31m\n.mp4"],
+        ["parity", "--backend", "reference", "--seed", "-1"],
+        ["parity", "--backend", "reference", "--cases", "x" * 100_000],
+        ["parity", "--compare", "/dev/zero", "/dev/zero"],
+        ["parity", "--backend", "x\n" * 3000],
+    ],
+    ids=lambda arguments: " ".join(arguments)[:40],
+)
+def test_what_cannot_be_met_is_one_line_of_a_readable_length(capfd, monkeypatch, arguments):
+    code, out, err = main(capfd, monkeypatch, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert len(err) < 2500
+    assert len(err.splitlines()) == 1
+    assert err[:-1].isprintable()
+
+
+def test_an_error_that_nobody_thought_of_is_a_line_and_shows_its_place_on_demand(capfd, monkeypatch):
+    monkeypatch.setattr("rainfusion.plugins.probe.devices", lambda isolate: 1 // 0)
+    code, _, err = main(capfd, monkeypatch, "devices")
+    assert code == 2
+    assert err.startswith("error: ZeroDivisionError: ")
+    monkeypatch.setenv("RAINFUSION_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
 
 
 # -- devices ---------------------------------------------------------------------------------------

@@ -1,3 +1,8 @@
+import os
+import shutil
+import struct
+import wave
+
 import av
 import numpy as np
 import pytest
@@ -89,3 +94,90 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
 def test_frames_that_no_machine_can_hold_are_refused(video):
     with pytest.raises(ClipError, match=r"1x99999x99999 take .* bytes; give a grid that needs at most 8 GiB"):
         decode.decode(video, (1, 99999, 99999))
+
+
+def turned(path, to, matrix):
+    """A copy of an MP4 file whose film is shown by another matrix (a, b, c, d)."""
+    content, size = path.read_bytes(), struct.calcsize(">9i")
+    a, b, c, d = (65536 * n for n in matrix)
+    at = content.index(struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30), content.index(b"tkhd"))
+    shown = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    to.write_bytes(content[:at] + shown + content[at + size :])
+    return to
+
+
+@pytest.mark.parametrize(
+    ("matrix", "look"),
+    [
+        ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+        ((0, -1, 1, 0), np.rot90),
+        ((-1, 0, 0, -1), lambda x: x[::-1, ::-1]),
+        ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+        ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
+    ],
+    ids=["a quarter right", "a quarter left", "upside down", "mirrored", "over the diagonal"],
+)
+def test_a_film_is_taken_as_it_is_shown(tmp_path, matrix, look):
+    path = tmp_path / "corner.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=24)
+        stream.height, stream.width, stream.pix_fmt = 32, 64, "yuv420p"
+        picture = np.zeros((32, 64, 3), np.uint8)
+        picture[:16, :32] = 255
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    height, width = look(picture[..., 0]).shape
+    frames = decode.load(turned(path, tmp_path / "turned.mp4", matrix), (1, height // 16, width // 16))
+    assert np.abs(frames[0].astype(int) - look(picture)).mean() < 9
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "file:a.mp4", "http:a.mp4", "-a.mp4", "a\nb.mp4", "%03d.mp4", " .mp4"])
+def test_a_name_is_a_name_whatever_its_letters(video, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(video, tmp_path / name)
+    assert decode.load(name, (2, 3, 4)).shape == (2, 48, 64, 3)
+
+
+def test_of_several_streams_the_largest_is_taken(tmp_path):
+    with av.open(str(tmp_path / "two.mp4"), "w") as container:
+        for n in (1, 2):
+            stream = container.add_stream("mpeg4", rate=24)
+            stream.height, stream.width, stream.pix_fmt = 32 * n, 32 * n, "yuv420p"
+        for n, stream in enumerate(container.streams.video, 1):
+            grey = np.full((32 * n, 32 * n, 3), 100 * n, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            container.mux(stream.encode())
+    assert decode.load(tmp_path / "two.mp4", (1, 2, 2)).mean() == pytest.approx(200, abs=5)
+
+
+def test_sound_alone_is_no_clip(tmp_path):
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(1600))
+    with pytest.raises(ClipError, match="has no pictures, only audio"):
+        decode.load(tmp_path / "sound.wav", (1, 2, 2))
+
+
+def test_only_regular_files_are_opened(video, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "loop", "/dev/zero", "a\0b", "x" * 5000, ""):
+        for use in (decode.load, decode.decode):
+            with pytest.raises((ClipError, OSError)):
+                use(path, (1, 2, 2))
+        with pytest.raises(ClipError, match="give the path of a video"):
+            decode.load(path, (1, 2, 2))
+
+
+def test_playlists_open_nothing(video, tmp_path):
+    (tmp_path / "list.ffconcat").write_text(f"ffconcat version 1.0\nfile {video}\n")
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{video}\n#EXT-X-ENDLIST\n")
+    for name in ("list.ffconcat", "list.m3u8"):
+        with pytest.raises(ClipError, match="cannot be decoded as a video"):
+            decode.load(tmp_path / name, (1, 3, 4))
+
+
+@pytest.mark.parametrize("start", [-1, 2**70, 1.5, "1"])
+def test_a_start_that_is_none(video, start):
+    with pytest.raises(ClipError, match="start="):
+        decode.load(video, (1, 3, 4), start=start)

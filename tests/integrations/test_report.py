@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from rainfusion.core.errors import RainfusionError
+from rainfusion.demo.style import PictureError
 from rainfusion.integrations.config import RainFusionConfig
-from rainfusion.integrations.report import Log, Report, Row
+from rainfusion.integrations.report import Log, Report, ReportFormatError, Row
 
 
 def rows(model="transformer", runs=1, steps=3, layers=2, contexts=("cond", "uncond"), ms=None):
@@ -128,3 +134,53 @@ def test_the_heat_map_is_a_png(made, tmp_path):
     pytest.importorskip("matplotlib")
     made.heatmap(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=9,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_text_that_is_no_report_is_refused_or_read_whole(data):
+    """A value somewhere in a report becomes another; what is read is written and counted as any report."""
+    record = json.loads(report().to_json())
+    at = record
+    for _ in range(data.draw(st.integers(0, 3))):
+        keys = [*at] if isinstance(at, dict) else [*range(len(at))]
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(at[key], dict | list) or not at[key]:
+            break
+        at = at[key]
+    at[data.draw(st.sampled_from([*at] if isinstance(at, dict) else [*range(len(at))]))] = data.draw(JUNK)
+    with suppress(ReportFormatError):
+        read = Report.from_json(json.dumps(record))
+        assert Report.from_json(read.to_json()) == read
+        assert read.count(kind="sparse") <= len(read.rows)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from([*json.loads(RainFusionConfig().to_json())]), JUNK, max_size=2))
+def test_values_that_are_no_configuration_are_refused(record):
+    with suppress(RainfusionError):
+        RainFusionConfig.from_json(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{}", "[" * 100_000, '{"sparsity": ' + "9" * 5000 + "}", None, b"\xff"]
+)
+def test_text_that_is_neither(text):
+    with pytest.raises(ReportFormatError, match="not a report"):
+        Report.from_json(text)
+    if text not in ("{}",):
+        with pytest.raises(RainfusionError):
+            RainFusionConfig.from_json(text)
+
+
+def test_a_heat_map_that_no_screen_shows_is_refused(tmp_path):
+    made = report((Row("model", 0, 2**30, "", 0, "sparse", "", 1.0),), model=2**30)
+    with pytest.raises(PictureError, match="bytes"):
+        made.heatmap(tmp_path / "map.png")

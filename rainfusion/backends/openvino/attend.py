@@ -10,6 +10,7 @@ from rainfusion.backends.host_arrays import numpy_dtype
 from rainfusion.backends.openvino.constants import constant_order, require
 from rainfusion.backends.openvino.copies import converted, in_block_order
 from rainfusion.backends.openvino.lengths import common_run, counted
+from rainfusion.backends.openvino.memory import new_plan
 from rainfusion.backends.openvino.outputs import Staged
 from rainfusion.backends.openvino.row_model import RowModel, row_requests, split_means
 from rainfusion.backends.openvino.runtime import Arrays, computes_in
@@ -76,6 +77,7 @@ class _Attention:
         self.dtype = numpy_dtype("float32" if lse or read_on else computes_in(q.dtype, device))
         self.model = RowModel(q.shape[3], ELEMENTS[self.dtype], lse, self.means is not None)
         row_requests(self.model, device)  # compiled before the first call
+        new_plan()
 
     def __call__(self, values: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Attend.

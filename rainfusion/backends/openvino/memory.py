@@ -6,14 +6,18 @@ is gone, a result as soon as the model has done with it, and the next call for t
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 import threading
 import weakref
+from itertools import count
 
 import numpy as np
 
 KEPT = 2**28  # bytes that wait for the next call
+_BLOCKS = 24  # and blocks, the newest: calls of one size take and give the same few, older ones are of other sizes
 
 
 class Pool:
@@ -38,6 +42,7 @@ class Pool:
 
     def _take(self, size: int) -> np.ndarray:
         with self._lock:
+            del self._free[:-_BLOCKS]
             fits = [at for at, block in enumerate(self._free) if size <= block.nbytes <= 2 * size]
             if fits:
                 return self._free.pop(min(fits, key=lambda at: self._free[at].nbytes))
@@ -64,6 +69,18 @@ class _Loan:
 
     def __init__(self, block: np.ndarray) -> None:
         self.__array_interface__ = block.__array_interface__
+
+
+_TRIMMED_EVERY = 16  # new plans; it takes milliseconds
+_plans = count(1)
+
+
+def new_plan() -> None:
+    """Give pages back to the system now and then: arrays of many sizes leave the heap in pieces, which glibc keeps."""
+    if next(_plans) % _TRIMMED_EVERY == 0 and sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+        if trim is not None:
+            trim(0)
 
 
 POOL = Pool()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 Parameters = ParamSpec("Parameters")
 Made = TypeVar("Made")
 
-# Each may hold a compiled model, its memory and its threads.
-_MOST = 32
-
-_of_parents: list[Any] = []
-"""Caches of the processes that this one was forked from: to end what they hold would wait for threads that are gone."""
+# Each may hold a compiled model, its memory (20 MiB and more) and a thread for every core. A process uses few at a
+# time: one a head dim and dtype.
+_MOST = 8
 
 
 class per_process(Generic[Parameters, Made]):  # a decorator
@@ -43,5 +42,7 @@ class per_process(Generic[Parameters, Made]):  # a decorator
         self._cached = lru_cache(maxsize=_MOST)(self.__wrapped__)
 
     def _leave(self) -> None:
-        _of_parents.append(self._cached)
+        # To end what the parent made would wait for its threads, or crash without them: it is never ended in the child,
+        # not even when Python ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._cached))
         self._renew()

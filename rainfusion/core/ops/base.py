@@ -12,7 +12,7 @@ import hashlib
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -24,6 +24,7 @@ from rainfusion.core.errors import PlanFormatError
 
 Array = Any
 _MOST_DATA_BYTES = 2**28
+_MOST_OF_A_PLAN = 2**30
 _DATA_DTYPES = ("bool", "int32", "int64", "float32", "float64")
 
 
@@ -195,6 +196,25 @@ def from_dict(record: Mapping[str, Any]) -> Op:
         else:
             raise PlanFormatError(f"operation {name} has no field {shown(key)}")
     return cls(**values)
+
+
+def refuse_much_data(records: Iterable[Mapping[str, Any]]) -> None:
+    """Look at what operations of a file say of their data, before any is unpacked: all of it is limited, too.
+
+    Raises:
+        PlanFormatError: it is more.
+    """
+    stated = [value for record in records for value in record.values() if isinstance(value, dict)]
+    sizes = [
+        math.prod(value["shape"]) * np.dtype(value["dtype"]).itemsize
+        for value in stated
+        if value.get("dtype") in _DATA_DTYPES and _is_shape(value.get("shape"))
+    ]
+    expect(sum(sizes) <= _MOST_OF_A_PLAN, f"data of {sum(sizes)} bytes; at most {_MOST_OF_A_PLAN} are read")
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 4 and all(type(n) is int and n >= 0 for n in value)
 
 
 def value_name(name: Any) -> str:
