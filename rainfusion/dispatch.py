@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from rainfusion.core import choice as choosing
 from rainfusion.core import lowering
 from rainfusion.core.backend import Backend, BackendSpec, Device
+from rainfusion.core.checks import as_flag, shown
 from rainfusion.core.choice import Choice
 from rainfusion.core.errors import (
     BackendUnavailableError,
@@ -29,6 +30,7 @@ from rainfusion.plugins.manager import host
 
 Array = Any
 Value = TypeVar("Value")
+_LONGEST_ADDRESS = 80
 ENVIRONMENT = "RAINFUSION_BACKEND"
 _in_use: ContextVar[str | None] = ContextVar("rainfusion_backend", default=None)
 
@@ -101,6 +103,7 @@ class ExecutableCache:
 
     def executable(self, plan: Plan, backend: Backend, device: Device, *, strict: bool = False) -> Executable:
         """The plan lowered for a device, lowered now if it is not there."""
+        strict = as_flag(strict, "strict", ProblemError)
         key = (plan, backend, str(device), strict)
         found = self._plans.find(key)
         if found is None:
@@ -208,9 +211,22 @@ def asked(backend: str | None) -> tuple[str, str] | None:
     return (environment, f"{ENVIRONMENT}={environment}") if environment else None
 
 
+def _address(device: object) -> str:
+    """What a device prints as."""
+    try:
+        address = str(device)
+    except Exception:
+        address = ""
+    if not 0 < len(address) <= _LONGEST_ADDRESS:
+        raise ProblemError(f"device={shown(device)} is no address; give one that rainfusion.devices lists, as 'cuda:0'")
+    return address
+
+
 def _choose(plan: Plan, asked_for: tuple[str, str] | None, *, like: Array = None, device: object = None) -> Choice:
+    if not isinstance(plan, Plan):
+        raise ProblemError(f"plan is a {type(plan).__name__}; give what rainfusion.plan makes")
     name, words = asked_for or (None, None)
     loaded, missing = ([host().backend(name)], []) if name else host().backends(like)
-    address = None if device is None else str(device)
+    address = None if device is None else _address(device)
     able, rejected = choosing.candidates(plan, loaded, array=like, device=address)
     return choosing.choose(plan, able, [*missing, *rejected], words, host().override)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rainfusion.core.arrays import how_to_pass
 from rainfusion.core.backend import Backend, Device
 from rainfusion.core.errors import NoBackendError
 from rainfusion.core.plan import Plan
@@ -136,4 +137,4 @@ def _not_its_device(array: Any, device: str | None) -> str:
     if array is None:
         return "has no device" if device is None else f"has no device {device}"
     kind = f"{type(array).__module__.partition('.')[0]}.{type(array).__name__}"
-    return f"does not drive the device of a {kind} on {getattr(array, 'device', 'the host')}"
+    return f"does not drive the device of a {kind} on {getattr(array, 'device', 'the host')}{how_to_pass(array)}"

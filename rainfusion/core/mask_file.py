@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from rainfusion.core.checks import shown
 from rainfusion.core.errors import MaskError
 from rainfusion.core.layout import TokenLayout
 
@@ -29,6 +30,8 @@ _MOST_BYTES = {"header": 2**16, "bits": 2**28}
 
 # zipfile reads the whole directory of an archive at once. Two members need about 120 bytes.
 _MOST_DIRECTORY_BYTES = 2**12
+
+_LONGEST_PATH = 4095  # what Linux opens
 
 _END_OF_ARCHIVE = struct.Struct("<4s4xHHI4xH")  # signature, members here, members, directory bytes, comment bytes
 _ZIP64_LOCATOR_BYTES = 20
@@ -87,11 +90,14 @@ def read(path: str | PathLike[str], build: Callable[[np.ndarray, Any, Any, Any, 
 
 
 def _checked_path(path: Any) -> Path:
-    if isinstance(path, str | PathLike):
-        path = os.fspath(path)
-    if not isinstance(path, str) or "\0" in path:
-        raise MaskError(f"path={path!r} is not the path of a file; give a str or a pathlib.Path")
-    return Path(path)
+    try:
+        place = os.fspath(path)
+        named = isinstance(place, str) and "\0" not in place and len(os.fsencode(place)) <= _LONGEST_PATH
+    except Exception:  # no path, or text that no file name can hold
+        named = False
+    if not named:
+        raise MaskError(f"path={shown(path)} is not the path of a file; give a str or a pathlib.Path")
+    return Path(place)
 
 
 def _content(file: IO[bytes]) -> tuple[np.ndarray, Any, Any, Any, TokenLayout | None]:
