@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
+from rainfusion.core.checks import as_flag
 from rainfusion.core.errors import BackendError, BackendUnavailableError
 from rainfusion.plugins.loading import FAILURES
 from rainfusion.plugins.manager import PluginHost, host
@@ -46,7 +47,11 @@ def devices(*, isolate: bool | None = None) -> list[DeviceStatus]:
     Args:
         isolate: probe each backend that requires something, or whose spec asks for it, in a process of its
             own; None does so only where the spec asks for it.
+
+    Raises:
+        BackendError: `isolate` is neither.
     """
+    isolate = None if isolate is None else as_flag(isolate, "isolate", BackendError)
     plugins = host()
     with ThreadPoolExecutor(max_workers=4) as pool:
         found = pool.map(lambda name: _statuses(plugins, name, isolate), plugins.names)
