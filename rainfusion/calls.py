@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from rainfusion import dispatch
 from rainfusion.core.arrays import array_facts
+from rainfusion.core.checks import shown
 from rainfusion.core.errors import ProblemError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.plan import Plan
@@ -70,7 +71,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     try:
         return Settings(**given)
     except TypeError:
-        unknown = ", ".join(sorted({*given} - {*Settings._fields}))
+        unknown = ", ".join([shown(name)[1:-1] for name in sorted({*given} - {*Settings._fields})[:3]])
         raise ProblemError(f"{unknown} is not an argument; choose from {', '.join(Settings._fields)}") from None
 
 
@@ -110,7 +111,7 @@ def _key(
     key = (facts, given, returns, dispatch.asked(backend), settings, tuple(map(type, settings)))
     try:
         hash(key)
-    except TypeError:
+    except Exception:  # lists and arrays have no hash, and that of a caller's class may fail in its own way
         return None
     return key
 

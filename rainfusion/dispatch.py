@@ -15,6 +15,7 @@ from rainfusion.core import choice as choosing
 from rainfusion.core import faults, lowering
 from rainfusion.core.backend import Backend, BackendSpec, Device
 from rainfusion.core.blame import is_foreign
+from rainfusion.core.checks import as_flag, shown
 from rainfusion.core.choice import Candidate, Choice, Refusal
 from rainfusion.core.errors import (
     BackendError,
@@ -31,6 +32,7 @@ from rainfusion.plugins.manager import host
 
 Array = Any
 Value = TypeVar("Value")
+_LONGEST_ADDRESS = 80
 ENVIRONMENT = "RAINFUSION_BACKEND"
 _in_use: ContextVar[str | None] = ContextVar("rainfusion_backend", default=None)
 
@@ -113,6 +115,7 @@ class ExecutableCache:
 
     def executable(self, plan: Plan, backend: Backend, device: Device, *, strict: bool = False) -> Executable:
         """The plan lowered for a device, lowered now if it is not there."""
+        strict = as_flag(strict, "strict", ProblemError)
         key = (plan, backend, str(device), strict)
         found = self._plans.find(key)
         if found is None:
@@ -264,8 +267,21 @@ def asked(backend: str | None) -> tuple[str, str] | None:
     return (environment, f"{ENVIRONMENT}={environment}") if environment else None
 
 
+def _address(device: object) -> str:
+    """What a device prints as."""
+    try:
+        address = str(device)
+    except Exception:
+        address = ""
+    if not 0 < len(address) <= _LONGEST_ADDRESS:
+        raise ProblemError(f"device={shown(device)} is no address; give one that rainfusion.devices lists, as 'cuda:0'")
+    return address
+
+
 def _choose(plan: Plan, asked_for: tuple[str, str] | None, *, like: Array = None, device: object = None) -> Choice:
-    plugins, address = host(), None if device is None else str(device)
+    if not isinstance(plan, Plan):
+        raise ProblemError(f"plan is a {type(plan).__name__}; give what rainfusion.plan makes")
+    plugins, address = host(), None if device is None else _address(device)
     if asked_for:
         able, refusals = choosing.candidates(plan, [plugins.backend(asked_for[0])], array=like, device=address)
         return choosing.choose(plan, able, refusals, asked_for[1], plugins.override)

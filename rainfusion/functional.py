@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from array_api_compat import array_namespace
-
 from rainfusion import dispatch
 from rainfusion.calls import Settings, call, settings_of
 from rainfusion.core import executable as executables
 from rainfusion.core import ops
-from rainfusion.core.errors import ProblemError
+from rainfusion.core.arrays import dtype_name, library_name, namespace, shape_of
+from rainfusion.core.checks import as_flag, one_of, shown
+from rainfusion.core.errors import LayoutError, ProblemError
 from rainfusion.core.executable import Executable, swap_if_bshd
 from rainfusion.core.mask import BlockMask
 from rainfusion.core.ops.means import compute_dtype
 from rainfusion.core.plan import Plan
 from rainfusion.core.policies import Policy
-from rainfusion.core.problem import TENSOR_LAYOUTS
+from rainfusion.core.problem import DTYPES, TENSOR_LAYOUTS
 
 Array = Any
 
@@ -96,7 +96,7 @@ def attention(
         grid,
         text,
         text_position,
-        tuple(parts) if isinstance(parts, Iterable) else parts,  # what is none is refused as a layout
+        parts if parts is None or isinstance(parts, tuple) else _as_tuple(parts),
         sparsity,
         policy,
         block,
@@ -107,7 +107,7 @@ def attention(
         tensor_layout,
         scale,
     )
-    returns = _RETURNS[bool(return_lse), bool(return_mask)]
+    returns = _returned(return_lse, return_mask)
     arguments = {"q": q, "k": k, "v": v, "mask": mask, "quotas": quotas, "kv_lengths": kv_lengths}
     return _call(arguments, settings, returns, backend)
 
@@ -145,8 +145,7 @@ def block_means(
     Raises:
         ProblemError: another side, an argument that `attention` does not have, and as `attention`.
     """
-    if side not in ("q", "kv"):
-        raise ProblemError(f"side={side!r} is not known; choose one of 'q', 'kv'")
+    one_of(side, ("q", "kv"), "side", ProblemError)
     arguments = {"q": x, "k": x, "v": None, "mask": None, "quotas": None, "kv_lengths": kv_lengths}
     return _call(arguments, settings_of(settings), ("%qb",) if side == "q" else ("%kb",), backend)
 
@@ -166,15 +165,27 @@ def merge(
     Raises:
         ProblemError: shapes that do not belong together.
     """
-    if tensor_layout not in TENSOR_LAYOUTS:
-        raise ProblemError(f"tensor_layout={tensor_layout!r} is not known; choose one of {', '.join(TENSOR_LAYOUTS)}")
-    xp = array_namespace(out_a, lse_a, out_b, lse_b)
+    one_of(tensor_layout, TENSOR_LAYOUTS, "tensor_layout", ProblemError)
+    xp = _namespace_of({"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b})
     outs = [swap_if_bshd(xp.astype(out, compute_dtype(out, xp), copy=False), tensor_layout) for out in (out_a, out_b)]
     shapes = [tuple(out_a.shape), tuple(lse_a.shape), tuple(out_b.shape), tuple(lse_b.shape)]
     if outs[0].ndim != 4 or not shapes[0] == shapes[2] or not shapes[1] == shapes[3] == tuple(outs[0].shape[:3]):
         raise ProblemError(f"out and lse of two attentions have shapes {shapes}; give two of one problem")
     out, lse = ops.merge(outs[0], lse_a, outs[1], lse_b)
     return xp.astype(swap_if_bshd(out, tensor_layout), out_a.dtype, copy=False), lse
+
+
+def _namespace_of(arrays: Mapping[str, Any]) -> Any:
+    """The namespace of floating-point arrays of one library."""
+    for name, x in arrays.items():
+        if dtype_name(x) not in DTYPES or shape_of(x) is None:
+            given = "no array" if dtype_name(x) == "None" else f"of dtype {dtype_name(x)}"
+            raise ProblemError(f"{name} ({type(x).__name__}) is {given}; give one of {', '.join(DTYPES)}")
+    try:
+        return namespace(*arrays.values())
+    except Exception:
+        kinds = ", ".join(f"{name} {library_name(x)}" for name, x in arrays.items())
+        raise ProblemError(f"the arrays to merge are of several libraries ({kinds}); give one kind") from None
 
 
 _RETURNS = MappingProxyType(
@@ -184,6 +195,17 @@ _RETURNS = MappingProxyType(
         for mask in (False, True)
     }
 )
+
+
+def _returned(lse: Any, mask: Any) -> tuple[str, ...]:
+    return _RETURNS[as_flag(lse, "return_lse", ProblemError), as_flag(mask, "return_mask", ProblemError)]
+
+
+def _as_tuple(parts: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(parts)
+    except Exception:  # not iterable, or an iterator that fails
+        raise LayoutError(f"parts={shown(parts)} is no sequence; give a tuple of Grid, Text and Tokens") from None
 
 
 def lower(

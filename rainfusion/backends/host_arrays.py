@@ -7,6 +7,7 @@ where torch already is.
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -33,9 +34,19 @@ def as_numpy(array: Array) -> np.ndarray:
     """A host array as NumPy, the same memory except for bfloat16, which NumPy lacks and float32 holds."""
     if not is_torch_array(array):
         return array.astype(np.float32) if array.dtype.name == "bfloat16" else np.asarray(array)
-    tensor = array.detach().resolve_neg()
-    plain: np.ndarray = (tensor.float() if tensor.dtype == sys.modules["torch"].bfloat16 else tensor).numpy()
+    with outside_transforms():
+        tensor = array.detach().resolve_neg()
+        plain: np.ndarray = (tensor.float() if tensor.dtype == sys.modules["torch"].bfloat16 else tensor).numpy()
     return plain
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """Where tensors are what they are: within a transform of torch.func, its level would wrap all that is made."""
+    if sys.modules["torch"]._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    cleared = import_module("torch._functorch.pyfunctorch").temporarily_clear_interpreter_stack()
+    outside: AbstractContextManager[object] = cleared
+    return outside
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -91,7 +102,7 @@ def check_tensors(*arrays: Array) -> None:
         return
     tensors = [x for x in arrays if isinstance(x, torch.Tensor)]
     for x in tensors:
-        reason = "" if _is_plain(x, torch) else _why_not_plain(x, torch)
+        reason = _lacks_memory(x) if _is_plain(x, torch) else _why_not_plain(x, torch)
         if reason:
             raise ProblemError(f"q, k and v must be tensors of plain strided memory; given {reason}")
     if tensors:
@@ -104,9 +115,23 @@ def _is_plain(x: Array, torch: Any) -> bool:
         type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
         and x.layout is torch.strided
         and not x.is_nested
+        and not x.is_quantized
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not torch._is_functional_tensor(x)
     )
+
+
+def _lacks_memory(x: Array) -> str:
+    """Why the memory of a plain tensor cannot be read; empty where it can. To read what was freed ends the process."""
+    if x._is_zerotensor():
+        return "one that stands for zeros and holds none; pass x.clone()"
+    held = x.untyped_storage().nbytes()
+    if held >= x.nbytes and not x.storage_offset():
+        return ""
+    last = sum([(n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)])
+    if held < (x.storage_offset() + last + 1) * x.element_size() and x.numel():
+        return "one whose memory was freed (a sharded parameter outside its forward?); gather it before the call"
+    return ""
 
 
 def _why_not_plain(x: Array, torch: Any) -> str:
@@ -122,6 +147,7 @@ def _why_not_plain(x: Array, torch: Any) -> str:
             torch._is_functional_tensor(x) or name == "FunctionalTensor",
             f"one under torch.func.functionalize; call rainfusion outside it. {_TRACE}",
         ),
+        (x.is_quantized, "a quantised one; pass x.dequantize()"),
         (x.is_nested, "a nested one; pad it (torch.nested.to_padded_tensor) and give kv_lengths"),
         (x.layout is not torch.strided, f"one with layout {x.layout}; convert it (to_dense)"),
         (name == "FakeTensor", f"a FakeTensor, which has no data; call rainfusion on real tensors. {_TRACE}"),
@@ -133,6 +159,8 @@ def _why_not_plain(x: Array, torch: Any) -> str:
 
 def _refuse_tracing(torch: Any) -> None:
     """Refuse calls under a mode that records operations: what is computed here would become a constant there."""
+    if torch._C._is_tracing():
+        raise ProblemError(f"rainfusion is called where operations are traced by torch.jit.trace. {_TRACE}")
     if not torch._C._len_torch_dispatch_stack():
         return
     keys = torch._C._TorchDispatchModeKey

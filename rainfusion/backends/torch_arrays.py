@@ -52,9 +52,9 @@ class TorchArrays(Backend):
     def to_native(self, array: Array) -> torch.Tensor:
         if isinstance(array, torch.Tensor):
             return array.resolve_neg() if array.is_neg() else array  # kernels read memory, not flags
-        # Torch has neither read-only tensors nor negative strides.
-        shareable = array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
-        return _from_numpy(shareable)
+        # Torch has neither read-only tensors nor strides that are negative or no multiple of an element.
+        fits = array.flags.writeable and all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
+        return _from_numpy(array if fits else array.copy())
 
     def from_native(self, array: torch.Tensor, like: Array, dtype: str) -> Array:
         if isinstance(like, torch.Tensor):

@@ -20,6 +20,9 @@ def namespace(*arrays: Array) -> Any:
     Raises:
         TypeError: no arrays, arrays of two libraries, or of one that array-api-compat does not know.
     """
+    for x in arrays:
+        if x is None or isinstance(x, bool | int | float | complex):  # array-api-compat passes over these
+            raise TypeError(f"{type(x).__name__} is not a supported array type")
     return array_namespace(*arrays)
 
 
@@ -27,13 +30,24 @@ def library_name(x: Array) -> str:
     """The name of the array library of `x`; subclasses such as torch.nn.Parameter belong to their base's."""
     try:
         return str(namespace(x).__name__).removeprefix("array_api_compat.")
-    except TypeError:
+    except Exception:  # no array, or an object whose attributes fail
         return type(x).__module__.partition(".")[0]
 
 
 def dtype_name(x: Any) -> str:
     """The dtype of an array as a bare name, such as ``float32``, whatever library it comes from."""
-    return str(getattr(x, "dtype", None)).rsplit(".", 1)[-1]
+    try:
+        return str(getattr(x, "dtype", None)).rsplit(".", 1)[-1][:80]
+    except Exception:  # not an array, and its attributes fail
+        return "unknown"
+
+
+def shape_of(x: Any) -> tuple[int, ...] | None:
+    """The shape of an array as numbers; None for what has none: a list, a nested tensor, a tracer's stand-in."""
+    try:
+        return tuple([int(n) for n in x.shape])
+    except Exception:  # each library fails in its own way
+        return None
 
 
 def array_facts(x: Any) -> tuple[Any, ...] | None:
@@ -42,8 +56,17 @@ def array_facts(x: Any) -> tuple[Any, ...] | None:
         return None
     try:
         return type(x), getattr(x, "shape", None), getattr(x, "dtype", None), getattr(x, "device", None)
-    except RuntimeError:  # a nested tensor has no shape
+    except Exception:  # a nested tensor has no shape
         return type(x), None, None, None
+
+
+def how_to_pass(x: Any) -> str:
+    """In what form to pass an array that no backend owns, in brackets; empty where nothing is known of it."""
+    if isinstance(x, np.ma.MaskedArray):
+        return " (pass x.filled(0), and hide blocks with a mask)"
+    if isinstance(x, np.ndarray) and type(x) is not np.ndarray:  # it may be a vendor's, in memory of the vendor's own
+        return " (pass numpy.asarray(x))"
+    return ""
 
 
 def to_numpy(x: Array) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 
 # Kernels index tokens and blocks in int32. The limit also keeps a plan or mask from a hostile file harmless.
 LARGEST = 2**31 - 1
+_FLAGS = {False: False, True: True}
 
 
 def as_int(value: Any, name: str, error: type[Exception], minimum: int = 1) -> int:
@@ -23,7 +24,7 @@ def as_int(value: Any, name: str, error: type[Exception], minimum: int = 1) -> i
         return symbolic
     try:
         number = operator.index(value)
-    except TypeError:
+    except Exception:  # no __index__, or one that fails
         raise error(f"{name}={shown(value)} is not an integer; give a whole number >= {minimum}") from None
     if isinstance(value, bool) or not minimum <= number <= LARGEST:
         raise error(f"{name}={shown(value)} is not allowed; give a whole number from {minimum} to {LARGEST}")
@@ -35,7 +36,7 @@ def as_number(value: Any, name: str, error: type[Exception], allowed: str) -> fl
     if isinstance(value, Real) and not isinstance(value, bool):
         try:
             number = float(value)
-        except OverflowError:
+        except Exception:  # too large for one, or a __float__ that fails
             number = math.inf
         if abs(number) < math.inf:  # math.isfinite would fix a number that a tracer keeps symbolic
             return number
@@ -47,6 +48,14 @@ def one_of(value: Any, allowed: Iterable[Any], name: str, error: type[Exception]
     allowed = tuple(allowed)  # membership by `in` would compare arrays, too, element by element
     if not any(value is item or (isinstance(value, type(item)) and value == item) for item in allowed):
         raise error(f"{name}={shown(value)} is not known; choose one of {', '.join(map(repr, allowed))}")
+
+
+def as_flag(value: Any, name: str, error: type[Exception]) -> bool:
+    """Return a truth value as a bool, or raise `error`: text and arrays are never both true and meant."""
+    try:
+        return _FLAGS[value]  # NumPy's truth values are equal to Python's, and so are 0 and 1
+    except Exception:  # another value, or one without a hash
+        raise error(f"{name}={shown(value)} is not a truth value; give True or False") from None
 
 
 def as_share(value: Any, name: str, error: type[Exception], *, top: bool) -> float:
@@ -71,7 +80,7 @@ def shown(value: Any) -> str:
     A value that cannot be written (an integer too long for `repr`, nesting too deep) is shown by its type.
     """
     try:
-        text = " ".join(repr(value[:80] if isinstance(value, str | bytes) else value).splitlines())
+        text = " ".join(repr(value[:80] if isinstance(value, str | bytes | list | tuple) else value).splitlines())
     except BaseException:  # repr runs code of the value's class
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."

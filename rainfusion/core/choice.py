@@ -10,6 +10,7 @@ from itertools import islice
 from numbers import Integral, Real
 from typing import Any, cast
 
+from rainfusion.core.arrays import how_to_pass
 from rainfusion.core.backend import Backend, Device
 from rainfusion.core.checks import shown
 from rainfusion.core.errors import BackendError, NoBackendError, readable, said
@@ -228,4 +229,4 @@ def _not_its_device(array: Any, device: str | None) -> str:
     if array is None:
         return "has no device" if device is None else f"has no device {device}"
     kind = f"{type(array).__module__.partition('.')[0]}.{type(array).__name__}"
-    return f"does not drive the device of a {kind} on {getattr(array, 'device', 'the host')}"
+    return f"does not drive the device of a {kind} on {getattr(array, 'device', 'the host')}{how_to_pass(array)}"

@@ -14,7 +14,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from rainfusion.core import blame
-from rainfusion.core.arrays import array_facts, dtype_name, library_name
+from rainfusion.core.arrays import array_facts, dtype_name, how_to_pass, library_name, shape_of
 from rainfusion.core.backend import Backend, Device, Run, Segment
 from rainfusion.core.checks import shown
 from rainfusion.core.errors import MaskError, ProblemError
@@ -269,16 +269,18 @@ class Executable:
 
     def check_operands(self, arguments: Mapping[str, Any]) -> None:
         """Refuse what may differ between calls whose tensors are of one kind: as `check`, without shapes of tensors."""
-        if self._tensors:
-            try:
-                self.backend.check_inputs(*[arguments[name] for name in self._tensors])
-            except Exception as error:
-                raise blame.blamed(self.backend, "run", error) from error.__cause__
+        given = [arguments[name] for name in self._tensors]
         if "mask" in self._due:
             self._check_mask(arguments["mask"])
+            given.append(arguments["mask"].blocks)
         for name in ("quotas", "kv_lengths"):
             if name in self._due:
                 self._check_numbers(name, arguments[name])
+                given.append(arguments[name])
+        try:
+            self.backend.check_inputs(*given)
+        except Exception as error:
+            raise blame.blamed(self.backend, "run", error) from error.__cause__
 
     @cached_property
     def _tensors(self) -> tuple[str, ...]:
@@ -299,7 +301,7 @@ class Executable:
     def _check_tensor(self, name: str, x: Array, first: Array) -> None:
         problem = self.plan.problem
         shape = problem.q_shape if name == "q" else problem.kv_shape
-        given = tuple(getattr(x, "shape", ()))
+        given = shape_of(x)
         if given != shape or dtype_name(x) != problem.dtype:
             raise ProblemError(f"{name} is {given} {dtype_name(x)}; this plan takes {shape} {problem.dtype}")
         if type(x) is not type(first) and library_name(x) != library_name(first):
@@ -311,7 +313,7 @@ class Executable:
     def _check_home(self, name: str, x: Array, error: type[Exception]) -> None:
         home = self.backend.device_of(x)
         if home is None or str(home) != str(self.device):
-            where = "not an array of its kind" if home is None else f"on {home}"
+            where = f"not an array of its kind{how_to_pass(x)}" if home is None else f"on {home}"
             raise error(
                 f"{name} ({type(x).__name__}) is {where}; this plan was lowered for {self.backend.name} on "
                 f"{self.device}. Move all arrays to one device, or lower the plan for theirs"
@@ -336,19 +338,27 @@ class Executable:
         shape = self.plan.types[f"%{name}"].shape
         allowed = (shape,) if name == "kv_lengths" else (shape, (1, shape[1]), (shape[1],))
         if isinstance(given, list | tuple | int):
-            given = np.asarray(given)
-        found, dtype = tuple(getattr(given, "shape", ())), dtype_name(given)
+            given = _as_array(given)
+        found, dtype = shape_of(given), dtype_name(given)
         if found not in allowed or not dtype.startswith(("int", "uint")):
-            what = f"{dtype} {found}" if hasattr(given, "shape") else shown(given)
+            what = shown(given) if found is None else f"{dtype} {found}"
             raise ProblemError(f"{name} is {what}; give integers {list(allowed[0])}")
         if not isinstance(given, np.ndarray):
             self._check_home(name, given, ProblemError)
 
     def _check_means(self, name: str, x: Array) -> None:
         kind = self.plan.types[f"%{name}"]
-        if tuple(getattr(x, "shape", ())) != kind.shape or dtype_name(x) != kind.dtype:
-            raise ProblemError(f"{name} is {dtype_name(x)} {tuple(getattr(x, 'shape', ()))}; this plan takes {kind}")
+        if shape_of(x) != kind.shape or dtype_name(x) != kind.dtype:
+            raise ProblemError(f"{name} is {dtype_name(x)} {shape_of(x)}; this plan takes {kind}")
         self._check_home(name, x, ProblemError)
+
+
+def _as_array(numbers: Any) -> np.ndarray:
+    """A list of numbers as an array; one of objects where they make none."""
+    try:
+        return np.asarray(numbers)
+    except Exception:  # rows of several lengths, an item that fails
+        return np.empty(0, object)
 
 
 def swap_if_bshd(x: Array, tensor_layout: str) -> Array:

@@ -17,6 +17,9 @@ from rainfusion.core.checks import shown
 _CAREFUL = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 
 
+_LONGEST = 4095  # what Linux opens
+
+
 class IrregularFileError(ValueError):
     """A file of another kind than is read, larger than is read, or no path at all."""
 
@@ -27,11 +30,14 @@ def as_path(path: Any) -> Path:
     Raises:
         IrregularFileError: anything else, or a text that no file system takes.
     """
-    if isinstance(path, str | PathLike):
-        path = os.fspath(path)
-    if not isinstance(path, str) or "\0" in path:
+    try:
+        place = os.fspath(path)
+        is_named = isinstance(place, str) and "\0" not in place and len(os.fsencode(place)) <= _LONGEST
+    except Exception:  # no path, or text that no file name can hold
+        is_named = False
+    if not is_named:
         raise IrregularFileError(f"path={shown(path)} is not the path of a file; give a str or a pathlib.Path")
-    return Path(path)
+    return Path(place)
 
 
 def open_regular(path: str | PathLike[str]) -> IO[bytes]:

@@ -20,7 +20,7 @@ from array_api_compat import device as device_of
 
 from rainfusion.core.arrays import Array, namespace
 from rainfusion.core.axis import BlockedAxis, ProtectedRange
-from rainfusion.core.checks import LARGEST, as_sizes, one_of, shown
+from rainfusion.core.checks import LARGEST, as_int, as_sizes, one_of, shown
 from rainfusion.core.errors import LayoutError
 from rainfusion.core.parts import SINKS, Grid, Part, ProtectedRun, Sink, Text, Tokens, as_box, part_from_dict
 from rainfusion.core.windows import Sizes, compact_window, fold, times
@@ -195,7 +195,12 @@ class TokenLayout:
 
         A side whose length is not the layout's has no parts: its tokens keep their order and none is protected.
         Sinks that are protected as keys only are protected on the key side alone.
+
+        Raises:
+            LayoutError: a length or a side that is none.
         """
+        length = as_int(length, "length", LayoutError)
+        one_of(side, (0, 1), "side", LayoutError)
         if length != self.length:
             return BlockedAxis(length, self.block[side], False, length)
         starts = [r.start for r in self.protected if r.rows or side == 1]
@@ -226,7 +231,7 @@ class TokenLayout:
     def _taken(self, x: Array, axis: int, *, inverse: bool) -> Array:
         try:
             xp = namespace(x)
-        except TypeError:
+        except Exception:  # no array, or an object whose attributes fail
             raise LayoutError(f"x={shown(x)} is not an array; give one of NumPy, PyTorch or a like library") from None
         axis = self._checked_axis(x, axis)
         if not self.is_ordered:
@@ -240,7 +245,7 @@ class TokenLayout:
         try:
             place = operator.index(axis)
             length = x.shape[place]
-        except (TypeError, IndexError):
+        except Exception:  # no integer, no such axis, or an __index__ that fails
             raise LayoutError(f"axis={shown(axis)} is not an axis of an array of shape {tuple(x.shape)}") from None
         if self.length not in (None, length):
             raise LayoutError(

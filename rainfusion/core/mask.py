@@ -17,7 +17,7 @@ from array_api_compat import is_numpy_array, to_device
 
 from rainfusion.core import mask_file, mask_forms
 from rainfusion.core.arrays import Array, library_name, moved, to_numpy
-from rainfusion.core.checks import as_int
+from rainfusion.core.checks import as_int, shown
 from rainfusion.core.errors import MaskError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.mask_forms import grid_namespace
@@ -175,8 +175,8 @@ class BlockMask:
             if type(error) not in _DEVICE_ERRORS:
                 raise
             raise MaskError(
-                f"a mask of {library_name(self.blocks)} cannot move to device {device!r} ({error}); name a device of "
-                "that library, or use mask.like(array) to move to another library"
+                f"a mask of {library_name(self.blocks)} cannot move to device {shown(device)} ({str(error)[:120]}); "
+                "name a device of that library, or use mask.like(array) to move to another library"
             ) from error
         return self if blocks is self.blocks else self._with(blocks)
 
@@ -416,11 +416,14 @@ def _set_checked(mask: BlockMask | PackedMask, grid: Array, name: str, dtype: st
 
 def _check_layout(layout: Any) -> None:
     if layout is not None and not isinstance(layout, TokenLayout):
-        raise MaskError(f"layout={layout!r} is not a layout; give a TokenLayout or leave it out")
+        raise MaskError(f"layout={shown(layout)} is not a layout; give a TokenLayout or leave it out")
 
 
 def _refuse_unlike(a: BlockMask, b: BlockMask) -> None:
     """Two masks to choose between describe one problem and are in one place."""
+    for mask in (a, b):
+        if not isinstance(mask, BlockMask):
+            raise MaskError(f"a and b must be masks; one is a {type(mask).__name__}: give two BlockMasks")
     sizes = [(tuple(m.blocks.shape), m.q_len, m.kv_len, m.block) for m in (a, b)]
     if sizes[0] != sizes[1]:
         raise MaskError(f"the masks are {a!r} and {b!r}; give two masks of one problem")

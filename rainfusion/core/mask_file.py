@@ -32,6 +32,7 @@ _MOST_BYTES = {"header": 2**16, "bits": 2**28}
 # zipfile reads the whole directory of an archive at once. Two members need about 120 bytes.
 _MOST_DIRECTORY_BYTES = 2**12
 
+
 _END_OF_ARCHIVE = struct.Struct("<4s4xHHI4xH")  # signature, members here, members, directory bytes, comment bytes
 _ZIP64_LOCATOR_BYTES = 20
 

@@ -22,8 +22,9 @@ def grid_namespace(*arrays: Array) -> Any:
     """The array-API namespace of `arrays`, or a MaskError where they have none in common."""
     try:
         return namespace(*arrays)
-    except TypeError as error:
-        raise MaskError(f"not an array of a library that array-api-compat knows: {error}") from None
+    except Exception as error:
+        said = str(error)[:200]
+        raise MaskError(f"not an array of a library that array-api-compat knows: {said}") from None
 
 
 def refuse_huge(shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rainfusion.core.arrays import Array, moved
-from rainfusion.core.checks import as_int
+from rainfusion.core.checks import as_int, shown
 from rainfusion.core.errors import MaskError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.mask_forms import grid_namespace
@@ -19,7 +19,7 @@ _AXES = ("batch", "heads", "query blocks", "key blocks")
 def checked_sizes(q_len: Any, kv_len: Any, block: Any) -> tuple[int, int, tuple[int, int]]:
     """Lengths and blocks as plain positive ints."""
     if not isinstance(block, tuple | list) or len(block) != 2:
-        raise MaskError(f"block={block!r} is not a pair; give (query block, key block)")
+        raise MaskError(f"block={shown(block)} is not a pair; give (query block, key block)")
     q_block, kv_block = (as_int(size, "block", MaskError) for size in block)
     return as_int(q_len, "q_len", MaskError), as_int(kv_len, "kv_len", MaskError), (q_block, kv_block)
 
@@ -48,10 +48,10 @@ def _range(item: Any, size: int, axis: str) -> tuple[int, int]:
         start = first + size if first < 0 else first
         last = operator.index((size if item.stop is None else item.stop) if whole else start + 1)
         stop = last + size if last < 0 else last
-    except TypeError:
-        raise MaskError(f"index {item!r} of {axis}: give a whole number or a slice of step 1") from None
+    except Exception:  # no index, or an __index__ that fails
+        raise MaskError(f"index {shown(item)} of {axis}: give a whole number or a slice of step 1") from None
     if not 0 <= start < stop <= size:
-        raise MaskError(f"index {item!r} of {axis} is empty or out of range; the mask has {size}")
+        raise MaskError(f"index {shown(item)} of {axis} is empty or out of range; the mask has {size}")
     return start, stop
 
 
@@ -59,8 +59,8 @@ def per_head(heads: Any, blocks: Array) -> Array:
     """A choice of heads as bool ``[batch or 1, heads, 1, 1]``, where `blocks` is."""
     try:
         heads = moved(np.asarray(heads) if isinstance(heads, list | tuple) else heads, blocks)
-    except (TypeError, ValueError) as error:
-        raise MaskError(f"heads is a {type(heads).__name__} ({error}); give a bool array") from error
+    except Exception as error:  # no array, or one without values
+        raise MaskError(f"heads is a {type(heads).__name__} ({str(error)[:200]}); give a bool array") from error
     xp, shape = grid_namespace(blocks), tuple(blocks.shape[:2])
     if heads.dtype != xp.bool or tuple(heads.shape) not in (shape[1:], shape):
         raise MaskError(

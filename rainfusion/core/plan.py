@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rainfusion.core.checks import shown
 from rainfusion.core.errors import PlanFormatError, PolicyError, RainfusionError
 from rainfusion.core.layout import BlockedAxis, TokenLayout
 from rainfusion.core.mask import BlockMask
@@ -109,11 +110,11 @@ class Plan:
 
     def takes(self, name: str) -> bool:
         """Whether a value is given at call time."""
-        return name in self.given
+        return isinstance(name, str) and name in self.given
 
     def maker(self, name: str | None) -> Op | None:
         """The operation that makes a value; None where it is given or absent."""
-        return self._makers.get(name) if name is not None else None
+        return self._makers.get(name) if isinstance(name, str) else None
 
     @cached_property
     def _makers(self) -> dict[str, Op]:
@@ -236,6 +237,8 @@ class Plan:
 
     def objection(self, mask: BlockMask) -> str | None:
         """Why a mask does not fit this plan; None where it does."""
+        if not isinstance(mask, BlockMask):
+            return f"the mask is a {type(mask).__name__}; give a BlockMask"
         p = self.problem
         needed = (p.batch, p.heads, self.q_axis.blocks, self.kv_axis.blocks)
         given = (tuple(mask.blocks.shape), mask.q_len, mask.kv_len, tuple(mask.block))
@@ -258,6 +261,8 @@ class Plan:
         Raises:
             PolicyError: a policy whose budget is not a number of blocks alone.
         """
+        if not isinstance(policy, Policy):
+            raise PolicyError(f"policy={shown(policy)} is not a policy; give TopK(...)")
         budget = policy.budget(self.q_axis, self.kv_axis, self.problem.heads)
         if budget is None or budget.mass is not None or budget.over != "free":
             raise PolicyError(f"{policy} is more than a number of blocks a row; give TopK")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from rainfusion.core import passes
-from rainfusion.core.checks import one_of, shown
+from rainfusion.core.checks import as_flag, one_of, shown
 from rainfusion.core.errors import LayoutError, PolicyError, ProblemError, SparsityWarning, warn_caller
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.ops import Select
@@ -83,7 +83,8 @@ def plan_with_notes(
             raise ProblemError(f"{name} is a {type(given).__name__}; give a {kind.__name__}")
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy={shown(policy)} is not a policy; give TopK(...), TopP(...), Hybrid(...) or Fixed()")
-    return _plan(problem, layout, policy, omitted, order, _returns(returns), bool(quotas), bool(kv_lengths))
+    operands = as_flag(quotas, "quotas", ProblemError), as_flag(kv_lengths, "kv_lengths", ProblemError)
+    return _plan(problem, layout, policy, omitted, order, _returns(returns), *operands)
 
 
 def sparsity_notes(plan: Plan, policy: Policy) -> tuple[str, ...]:
@@ -119,7 +120,7 @@ def sparsity_notes(plan: Plan, policy: Policy) -> tuple[str, ...]:
 def _returns(returns: Iterable[str]) -> tuple[str, ...]:
     try:
         wanted = {returns} if isinstance(returns, str) else {*returns}
-    except TypeError:
+    except Exception:  # not iterable, or no texts
         raise ProblemError(f"returns={shown(returns)} names no values; give some of {', '.join(RETURNS)}") from None
     for name in wanted:
         one_of(name, RETURNS, "returns", ProblemError)

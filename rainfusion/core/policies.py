@@ -20,6 +20,7 @@ from rainfusion.core.errors import PolicyError
 from rainfusion.core.layout import BlockedAxis
 from rainfusion.core.ops import BlockScore, Op
 
+_MOST_HEADS = 2**16  # beyond it a tuple of shares is a mistake, and would take seconds to look through
 COUNTINGS = ("realised", "paper")
 
 
@@ -248,6 +249,8 @@ def _shares(sparsity: Any) -> float | tuple[float, ...]:
     if isinstance(sparsity, tuple | list):
         if not sparsity:
             raise PolicyError("sparsity=() names no head; give one share, or one a head")
+        if len(sparsity) > _MOST_HEADS:
+            raise PolicyError(f"sparsity has {len(sparsity)} shares; give one share, or one a head")
         return tuple(as_share(share, "sparsity", PolicyError, top=False) for share in sparsity)
     return as_share(sparsity, "sparsity", PolicyError, top=False)
 

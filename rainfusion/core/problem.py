@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from rainfusion.core.arrays import dtype_name, shape_of
 from rainfusion.core.checks import as_int, as_number, one_of
 from rainfusion.core.errors import ProblemError
 
@@ -80,10 +81,14 @@ class AttentionProblem:
         shapes = {name: _four_axes(name, x, tensor_layout) for name, x in (("q", q), ("k", k), ("v", v))}
         dtypes = {name: dtype_name(x) for name, x in (("q", q), ("k", k), ("v", v))}
         shown = ", ".join(f"{name} {tuple(x.shape)} {dtypes[name]}" for name, x in (("q", q), ("k", k), ("v", v)))
+        for dtype in dtypes.values():
+            if dtype not in DTYPES:
+                raise ProblemError(
+                    f"dtype {dtype} is not supported; use one of {', '.join(DTYPES)}{_as_supported(dtype)} "
+                    f"(given {shown})"
+                )
         if len(set(dtypes.values())) > 1:
             raise ProblemError(f"q, k and v need one dtype, given {shown}")
-        if dtypes["q"] not in DTYPES:
-            raise ProblemError(f"dtype {dtypes['q']} is not supported; use one of {', '.join(DTYPES)} (given {shown})")
         if shapes["k"] != shapes["v"]:
             raise ProblemError(f"k and v need one shape, given {shown}")
         (batch, heads, q_len, dim), (kv_batch, kv_heads, kv_len, kv_dim) = shapes["q"], shapes["k"]
@@ -132,20 +137,34 @@ class AttentionProblem:
         return f"b={self.batch} {heads} {lengths} d={self.head_dim} {DTYPES[self.dtype]} {self.tensor_layout}"
 
 
-def dtype_name(x: Any) -> str:
-    """The dtype of an array as a bare name, whatever library it comes from."""
-    dtype = getattr(x, "dtype", None)
-    return str(dtype).rsplit(".", 1)[-1]
+def _as_supported(dtype: str) -> str:
+    """How an array of a dtype that is not supported becomes one that is, where that is not plain."""
+    if dtype.startswith((">", "<")):
+        return ", in this machine's byte order: x.astype(x.dtype.newbyteorder('='))"
+    return ", which x.dequantize() gives" if dtype.startswith(("qint", "quint")) else ""
+
+
+def _instead_of(x: Any) -> str:
+    """What to give instead of something without a plain shape."""
+    kind = f"{type(x).__module__}.{type(x).__name__}"
+    if kind.startswith("torch.fx."):
+        return "torch.fx cannot trace through rainfusion: wrap your function (torch.fx.wrap), or use torch.compile"
+    if kind.startswith("torch.") and getattr(x, "is_nested", False):
+        return (
+            "it is nested, so its samples differ in length: pad it (torch.nested.to_padded_tensor) and give kv_lengths"
+        )
+    return "give a NumPy array or a tensor with .shape and .dtype"
+
+
+def _cut(shape: tuple[int, ...]) -> str:
+    return f"{shape}" if len(shape) <= 8 else f"of {len(shape)} axes"
 
 
 def _four_axes(name: str, x: Any, tensor_layout: str) -> tuple[int, int, int, int]:
-    try:
-        shape = getattr(x, "shape", None)
-    except RuntimeError as error:  # a nested tensor has none
-        raise ProblemError(f"{name} is a {type(x).__name__} without a shape ({error}); give a plain tensor") from None
-    if shape is None or not hasattr(x, "dtype"):
-        raise ProblemError(f"{name} is a {type(x).__name__}; give a NumPy array or a tensor with .shape and .dtype")
+    shape = shape_of(x)
+    if shape is None or dtype_name(x) in ("None", "unknown"):
+        raise ProblemError(f"{name} is a {type(x).__name__}; {_instead_of(x)}")
     if len(shape) != 4:
-        raise ProblemError(f"{name} has shape {tuple(shape)}; give four axes in the order {tensor_layout!r}")
-    b, second, third, d = (int(n) for n in shape)
+        raise ProblemError(f"{name} has shape {_cut(shape)}; give four axes in the order {tensor_layout!r}")
+    b, second, third, d = shape
     return (b, second, third, d) if tensor_layout == "bhsd" else (b, third, second, d)

@@ -74,8 +74,10 @@ def _restore(environ: Mapping[str, str]) -> None:
 
 def array_kind(x: Any) -> str:
     """The library of an array, and the type of its device where it says one: ``numpy``, ``torch:cuda``."""
-    device = getattr(x, "device", None)
-    kind = getattr(device, "type", None)
+    try:
+        kind = getattr(getattr(x, "device", None), "type", None)
+    except Exception:  # no array, and its attributes fail
+        kind = None
     return f"{library_name(x)}:{kind}" if isinstance(kind, str) else library_name(x)
 
 

@@ -206,8 +206,9 @@ class PluginHost:
 
     def unregister(self, name: str) -> None:
         """Take back a backend announced by `register`."""
-        if [a.plugin for a in self._announced.get(name, [])] != [REGISTERED]:
-            raise UnknownBackendError(f"backend {name!r} was not announced by rainfusion.register")
+        claims = self._announced.get(name, []) if isinstance(name, str) else []
+        if [a.plugin for a in claims] != [REGISTERED]:
+            raise UnknownBackendError(f"backend {shown(name)} was not announced by rainfusion.register")
         del self._announced[name]
         self._loaded.pop(name, None)
         self._late.pop(name, None)
@@ -233,9 +234,11 @@ class PluginHost:
             self.settle(LIMIT)
             claims = self._announced.get(name, []) if isinstance(name, str) else []
         if not claims:
-            failed = next((f for f in self.failures if f.backend == name), None)
+            failed = next((f for f in self.failures if isinstance(name, str) and f.backend == name), None)
             hint = f" (plugin {name!r} is out: {failed.reason})" if failed else ""
-            raise UnknownBackendError(f"backend {name!r} is not known{hint}; choose one of {', '.join(self.names)}")
+            raise UnknownBackendError(
+                f"backend {shown(name)} is not known{hint}; choose one of {', '.join(self.names)}"
+            )
         if len(claims) > 1:
             both = " and ".join(f"{a.plugin} ({a.spec.target})" for a in claims)
             raise DuplicateBackendError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from rainfusion.core import choice, faults
 from rainfusion.core.backend import Backend, BackendSpec, Capabilities, Device
-from rainfusion.core.checks import shown
+from rainfusion.core.checks import as_flag, shown
 from rainfusion.core.choice import Refusal
 from rainfusion.core.errors import BackendError, BackendUnavailableError, readable, said
 from rainfusion.plugins import apart, installed
@@ -59,7 +59,11 @@ def devices(*, isolate: bool | None = None) -> list[DeviceStatus]:
         isolate: import no other package's plugin in this process, and probe its backends, and those that require
             something, each in a process of its own. None does so only for backends whose spec asks for it; False for
             none. What `rainfusion.register` announced is probed here in any case.
+
+    Raises:
+        BackendError: `isolate` is neither.
     """
+    isolate = None if isolate is None else as_flag(isolate, "isolate", BackendError)
     plugins = host_apart() if isolate else host()
     rows = {name: _here_or_apart(plugins, name, isolate) for name in plugins.names}
     questions = {name: row for name, row in rows.items() if isinstance(row, tuple)}

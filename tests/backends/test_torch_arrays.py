@@ -17,8 +17,9 @@ from rainfusion.core.backend import Device
 from rainfusion.core.errors import ProblemError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.lowering import lower
+from rainfusion.core.mask import BlockMask
 from rainfusion.core.planner import plan
-from rainfusion.core.policies import TopK
+from rainfusion.core.policies import Fixed, TopK
 from rainfusion.core.problem import AttentionProblem
 
 CPU = Device("cpu")
@@ -48,7 +49,25 @@ class Wrapped(torch.Tensor):
         return func(*args, **(kwargs or {}))
 
 
+def freed(x, left=0):
+    x = x.clone()
+    x.untyped_storage().resize_(left)
+    return x
+
+
+def freed_view(x):
+    both = torch.cat([x, x])
+    view = both[1:]
+    both.untyped_storage().resize_(x.nbytes)
+    return view
+
+
 STRANGE = {
+    "freed": (freed, "memory was freed"),
+    "freed in part": (lambda x: freed(x, 16), "memory was freed"),
+    "freed view": (freed_view, "memory was freed"),
+    "zeros without memory": (lambda x: torch._efficientzerotensor(x.shape), r"stands for zeros.*clone\(\)"),
+    "quantised": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), r"quantised.*dequantize\(\)"),
     "sparse": (lambda x: x.to_sparse(), r"torch\.sparse_coo.*to_dense"),
     "nested": (lambda x: torch.nested.nested_tensor([x[0]]), "nested.*to_padded_tensor.*kv_lengths"),
     "jagged": (lambda x: torch.nested.nested_tensor([x[0]], layout=torch.jagged), "nested"),
@@ -58,7 +77,7 @@ STRANGE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("kind", STRANGE)
 def test_tensors_that_are_not_plain_memory_are_named(kind):
     make, said = STRANGE[kind]
@@ -85,6 +104,37 @@ def test_transforms_are_refused_in_one_sentence(backend, transform, said):
     executable = lowered(backend)
     with pytest.raises(ProblemError, match=said):
         transform(lambda q: executable(q, k, v).sum())(q)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated", "ignore::torch.jit.TracerWarning")
+def test_a_trace_is_refused(backend):
+    q, k, v = tensors()
+    executable = lowered(backend)
+    with pytest.raises(ProblemError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(lambda q: executable(q, k, v), (q,), check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_plain_tensors_are_read_within_a_transform_of_others(backend):
+    q, k, v = tensors()
+    right = lowered(backend)(q, k, v)
+    executable = lowered(backend)
+    for transform in (torch.func.functionalize, torch.func.grad, torch.vmap):
+        got = []
+        transform(lambda x, got=got: (got.append(executable(q, k, v)), (x * 1).sum())[1])(torch.ones(3))
+        torch.testing.assert_close(got[0], right)
+
+
+def test_masks_and_numbers_are_looked_at_too(backend):
+    q, k, v = tensors()
+    layout = TokenLayout((2, 5, 7), block=16, sink=None)
+    problem = AttentionProblem(1, 2, 70, 70, 8)
+    executable = lower(plan(problem, layout, Fixed(), kv_lengths=True), backend, CPU)
+    mask = BlockMask(torch.ones(1, 2, 5, 5, dtype=torch.bool), 70, 70, (16, 16))
+    with pytest.raises(ProblemError, match="vmap"):
+        torch.vmap(lambda n: executable(q, k, v, mask=mask, kv_lengths=n))(torch.full((2, 1), 70))
+    with pytest.raises(ProblemError, match="memory was freed"):
+        executable(q, k, v, mask=BlockMask(freed(mask.blocks), 70, 70, (16, 16)), kv_lengths=[70])
 
 
 def test_distributed_tensors_are_refused():

@@ -23,6 +23,26 @@ def tensor(*shape, dtype="float32", kind=np):
 
 
 X = tensor(1, 2, 64, 8)
+LONG = "x" * 10**6
+
+
+def jagged():
+    samples = [torch.zeros(length, 2, 8) for length in (64, 32)]
+    return torch.nested.nested_tensor(samples, layout=torch.jagged).transpose(1, 2)
+
+
+class Hostile:
+    """An object of which everything fails."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def fail(self, *_):
+        raise RuntimeError("fail")
+
+    __repr__ = __bool__ = __eq__ = __hash__ = __len__ = __iter__ = __index__ = __float__ = fail
+
+
 MASK = BlockMask.from_bool(np.ones((1, 2, 8, 8), bool), 64, 64, (8, 8))
 BASE = {"q": X, "k": X, "v": X, "grid": (4, 4, 4), "block": 8, "sink": None}
 
@@ -96,6 +116,21 @@ BASE = {"q": X, "k": X, "v": X, "grid": (4, 4, 4), "block": 8, "sink": None}
         ),
         ({"backend": "cudnn"}, UnknownBackendError, r"backend 'cudnn' is not known; choose one of reference"),
         ({"backend": 3}, UnknownBackendError, r"backend 3 is not known"),
+        ({"backend": Hostile()}, UnknownBackendError, r"backend <Hostile> is not known"),
+        ({"backend": LONG}, UnknownBackendError, r"backend 'xxx"),
+        ({"parts": 3}, LayoutError, r"parts=3 is no sequence; give a tuple of Grid, Text and Tokens"),
+        ({"parts": Hostile()}, LayoutError, r"parts=<Hostile> is no sequence"),
+        ({"return_lse": X}, ProblemError, r"return_lse=array.* is not a truth value; give True or False"),
+        ({"return_mask": "no"}, ProblemError, r"return_mask='no' is not a truth value"),
+        ({"scale": Hostile()}, ProblemError, r"scale=<Hostile> is not a finite number"),
+        ({"block": Hostile()}, LayoutError, r"block=<Hostile>"),
+        ({"kv_lengths": Hostile()}, ProblemError, r"kv_lengths is <Hostile>; give integers \[1\]"),
+        ({"kv_lengths": [[1], [2, 3]]}, ProblemError, r"kv_lengths is object \(0,\); give integers"),
+        ({"q": Hostile()}, ProblemError, r"q is a Hostile; give a NumPy array"),
+        ({"v": X.astype(">f4")}, ProblemError, r"dtype >f4 is not supported; .*byte order: x\.astype"),
+        ({n: jagged() for n in "qkv"}, ProblemError, r"nested.*kv_lengths"),
+        ({"v": np.ma.masked_array(X)}, ProblemError, r"v \(MaskedArray\) .*pass x\.filled\(0\)"),
+        ({"v": X.view(np.recarray)}, ProblemError, r"v \(recarray\) .*pass numpy\.asarray\(x\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, error, said):
@@ -104,12 +139,52 @@ def test_what_does_not_fit_is_refused(change, error, said):
     with pytest.raises(error, match=said) as caught:
         rainfusion.attention(q, k, v, **arguments)
     assert isinstance(caught.value, RainfusionError)
+    assert len(str(caught.value)) < 500
     assert isinstance(caught.value, ValueError | LookupError)
 
 
 def test_an_unknown_argument_is_no_argument():
     with pytest.raises(TypeError, match="unexpected keyword argument 'top_k'"):
         rainfusion.attention(X, X, X, top_k=3)
+
+
+PLAN = rainfusion.plan(rainfusion.AttentionProblem(1, 2, 64, 64, 8), policy=TopK(0.5))
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 3, LONG, Hostile(), [LONG], np.zeros(3), np.float32(2), float("nan")], ids=type
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: rainfusion.merge(x, X[..., 0], X, X[..., 0]),
+        lambda x: rainfusion.merge(X, X[..., 0], X, x),
+        lambda x: rainfusion.merge(X, X[..., 0], X, X[..., 0], tensor_layout=x),
+        lambda x: rainfusion.block_means(X, side=x),
+        rainfusion.lower,
+        lambda x: rainfusion.lower(PLAN, device=x) if x is not None else rainfusion.lower(x),
+        lambda x: rainfusion.lower(PLAN, strict=x),
+        rainfusion.choose,
+        lambda x: rainfusion.plan(PLAN.problem, kv_lengths=x),
+        rainfusion.unregister,
+        PLAN.quotas,
+        lambda x: PLAN.layout.axis(x, x),
+        lambda x: BlockMask(x, 64, 64, (8, 8)),
+        lambda x: BlockMask(MASK.blocks, 64, 64, x),
+        lambda x: BlockMask(MASK.blocks, 64, 64, (8, 8), x if x is not None else 3),
+        lambda x: BlockMask.from_kv_indices(x, x, 64, 64, (8, 8)),
+        lambda x: BlockMask.where(x, MASK, MASK),
+        lambda x: BlockMask.where(np.ones(2, bool), MASK, x),
+        BlockMask.load,
+        lambda x: MASK[x] if not isinstance(x, int) else MASK[x, x, x, x, x],
+        MASK.to,
+        lambda x: MASK.to_dense(x if x is not None else 3),
+    ],
+)
+def test_no_value_ends_in_an_error_that_is_not_ours(call, wrong):
+    with pytest.raises(RainfusionError) as caught:
+        call(wrong)
+    assert len(str(caught.value)) < 1000  # a table of backends has several lines
 
 
 class Quantum:

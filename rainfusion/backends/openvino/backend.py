@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_torch_array
 
-from rainfusion.backends.host_arrays import as_kind_of, as_numpy, check_tensors, numpy_dtype, on_cpu
+from rainfusion.backends.host_arrays import as_kind_of, as_numpy, check_tensors, numpy_dtype, on_cpu, outside_transforms
 from rainfusion.backends.openvino.attend import ATTENTION
 from rainfusion.backends.openvino.mask_chain import MASK_CHAIN
 from rainfusion.backends.openvino.runtime import found_devices, home
@@ -57,13 +57,14 @@ class OpenVinoBackend(Backend):
         if not is_torch_array(array):
             given: np.ndarray = array
             return given
-        tensor = array.detach().resolve_neg()
-        if str(tensor.dtype) == "torch.bfloat16":
-            tensor = tensor.view(sys.modules["torch"].uint16)
-            words: np.ndarray = tensor.numpy()
-            return words.view(BFLOAT16)
-        plain: np.ndarray = tensor.numpy()
-        return plain
+        with outside_transforms():
+            tensor = array.detach().resolve_neg()
+            if str(tensor.dtype) == "torch.bfloat16":
+                tensor = tensor.view(sys.modules["torch"].uint16)
+                words: np.ndarray = tensor.numpy()
+                return words.view(BFLOAT16)
+            plain: np.ndarray = tensor.numpy()
+            return plain
 
     def from_native(self, array: np.ndarray, like: Array, dtype: str) -> Array:
         if is_torch_array(like) and array.dtype == BFLOAT16:
