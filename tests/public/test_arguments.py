@@ -84,7 +84,7 @@ BASE = {"q": X, "k": X, "v": X, "grid": (4, 4, 4), "block": 8, "sink": None}
         ({"grid": (4, 4, 5)}, LayoutError, r"grid 4x4x5 makes 80 tokens, but q has 64 and k has 64"),
         ({"text": 3}, LayoutError, r"grid 4x4x4 text=3@end makes 67 tokens"),
         ({"grid": None, "text": 3}, LayoutError, r"text=3 needs a grid; give grid=\(frames, height, width\)"),
-        ({"grid": None, "sink": "first_frame", "parts": 5}, LayoutError, r"parts=5 is not a tuple; give \(Text"),
+        ({"grid": None, "sink": "first_frame", "parts": 5}, LayoutError, "parts=5 is no sequence; give a tuple"),
         ({"grid": (4, 16)}, LayoutError, r"grid=\(4, 16\) is not a tuple of 3"),
         ({"grid": (4.0, 4, 4)}, LayoutError, r"grid=4.0 is not an integer"),
         (
