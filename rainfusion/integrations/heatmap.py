@@ -24,19 +24,26 @@ def draw(report: Report, path: str | PathLike[str]) -> None:
         PictureError: as `style.figure`, or more layers and steps than can be drawn.
     """
     panels = _panels(report)
-    with style.figure(path, 4.4 * max(len(panels), 1), 3.6) as figure:
-        axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
-        image = None
-        for ax, (name, grid) in zip(axes, panels.items(), strict=False):
-            image = ax.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
-            ax.set_title(name)
-            ax.set_xlabel("denoising step")
-            ax.set_ylabel("layer")
-        if image is None:
+    with style.figure(path, 1.6 + 2.8 * max(len(panels), 1), 3.4) as figure:
+        figure.set_layout_engine("constrained")
+        axes = figure.subplots(1, max(len(panels), 1), squeeze=False, sharey="all")[0]
+        if not panels:
             axes[0].set_title("no forward yet")
             axes[0].axis("off")
             return
-        figure.colorbar(image, ax=axes.tolist(), label="block pairs attended (white: not called)")
+        for ax, (name, grid) in zip(axes, panels.items(), strict=True):
+            image = ax.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap=_colours(), interpolation="nearest")
+            ax.set_title(name)
+            ax.set_xlabel("denoising step")
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.get_major_locator().set_params(integer=True)
+        axes[0].set_ylabel("layer")
+        bar = figure.colorbar(image, ax=axes.tolist(), shrink=0.9)
+        bar.set_label("block pairs attended; white: not called")
+
+
+def _colours() -> Any:
+    return style.ramp(style.SKIPPED, style.KEPT, style.INK)
 
 
 def _panels(report: Report) -> dict[str, Any]:
