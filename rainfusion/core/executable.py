@@ -144,7 +144,7 @@ class Executable:
         with backend.running(self.device):
             for name in plan.given:
                 values[name] = self._native(name, arguments[_ARGUMENTS[name]])
-            device = getattr(next(iter(values.values())), "device", None)
+            device = getattr(next(iter(values.values()), None), "device", None)
             marked = blame.marks(values.items()) if self._is_foreign else ()
             for step, due in zip(self.steps, self._due_of_steps, strict=True):
                 made = step.run(values)

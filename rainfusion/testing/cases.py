@@ -304,8 +304,6 @@ def _numbers() -> Iterator[Case]:
     yield _row("nan_query", 600, values="nan_query", policy=Fixed())
     yield _row("minus_infinity", 700, values="minus_infinity")
     yield _row("minus_infinity_in_dense", 300, values="minus_infinity", policy=TopK(0.0))
-    yield _row("no_logit", 300, values="no_logit", policy=Fixed())
-    yield _row("nan_key_at_scale_zero", 300, values="poisoned_block", policy=TopK(0.0), scale=0.0)
     yield _row("infinite_values", 700, values="infinite_values", policy=Fixed())
 
 

@@ -89,13 +89,6 @@ def minus_infinity(case: Case, rng: np.random.Generator) -> Inputs:
     return q, k, v
 
 
-def no_logit(case: Case, rng: np.random.Generator) -> Inputs:
-    """Every logit is minus infinity: such a row attends to nothing."""
-    q, k, v = normal(case, rng)
-    k[:] = -np.inf
-    return np.abs(q) + 1, k, v
-
-
 def infinite_values(case: Case, rng: np.random.Generator) -> Inputs:
     """One value holds both infinities; so do the outputs that attend to it, each in its channel, and no other."""
     q, k, v = normal(case, rng)
@@ -148,7 +141,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 _ORDINARY = (normal, large_logits, peaked, close_scores, ties, clip)
-_NOT_FINITE = (poisoned_block, nan_query, minus_infinity, no_logit, infinite_values)
+_NOT_FINITE = (poisoned_block, nan_query, minus_infinity, infinite_values)
 RECIPES: dict[str, Callable[[Case, np.random.Generator], Inputs]] = {f.__name__: f for f in (*_ORDINARY, *_NOT_FINITE)}
 
 

@@ -14,8 +14,6 @@ from rainfusion.backends.openvino.tensors import BlockNumbers, Side, TokenTable
 from rainfusion.core.backend import Device
 from rainfusion.core.layout import BlockedAxis
 
-_WORDS_AT_ONCE = 2**18  # stays in the cache
-
 
 class Staged:
     """The outputs of batches, one after the other.
@@ -45,13 +43,6 @@ class Staged:
             span = slice(end - taken.size, end)
             out = self._out[span].reshape(*taken.shape, -1)
             yield [out, self._lse[span].reshape(*taken.shape, 1)] if lse else [out]
-
-    def holds_nan(self) -> bool:
-        """Whether a 16-bit output is NaN: looked at as words, which costs far less than as numbers."""
-        infinity = 0x7C00 if self._out.dtype == np.float16 else 0x7F80
-        words = self._out.reshape(-1).view(np.uint16)
-        pieces = (words[start : start + _WORDS_AT_ONCE] for start in range(0, len(words), _WORDS_AT_ONCE))
-        return any(int((piece & np.uint16(0x7FFF)).max()) > infinity for piece in pieces)
 
     def restored(self, device: Device, swapped: bool, lse: bool) -> list[np.ndarray]:
         """``[B, H, q_len, D]``, in memory ``[B, q_len, H, D]`` where it is swapped, and the log-sum-exp if wanted."""
