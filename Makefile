@@ -18,8 +18,9 @@ check: .venv-test/ready
 	.venv-test/bin/lint-imports
 	.venv-test/bin/python -m pytest -q -m quick tests/core tests/public
 
+# A worker a core, at most four, and one thread in each: most tests are too small for more.
 test: check .venv-npu/ready
-	.venv-test/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 	.venv-test/bin/python -m hw_matrix check
 
 docs: .venv-docs/ready
