@@ -48,7 +48,7 @@ def errors_as_lines() -> Iterator[None]:
     """Show what rainfusion raises or warns of as a line on stderr; an error ends the program with status 2.
 
     So does an option that is not understood (where typer answers with the whole help, that is shown), an output that
-    cannot be written, a size for which there is no memory, and what nobody thought of. What reads the output may stop
+    cannot be written, a size for which there is no memory, and any unexpected error. What reads the output may stop
     reading, as ``head`` does: no error.
     """
     _prepare_streams()

@@ -230,7 +230,7 @@ class PluginHost:
             DuplicateBackendError: more than one did.
         """
         claims = self._announced.get(name, []) if isinstance(name, str) else []
-        if not claims and self._unsettled:  # whoever asks for a name waits for the plugin that may have it
+        if not claims and self._unsettled:  # a caller that asks for a name waits for the plugin that may have it
             self.settle(LIMIT)
             claims = self._announced.get(name, []) if isinstance(name, str) else []
         if not claims:

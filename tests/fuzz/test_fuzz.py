@@ -27,7 +27,7 @@ def test_a_small_run_finds_nothing(backends):
 
 
 @pytest.mark.parametrize("seed", FOUND)
-def test_what_was_found_stays_mended(seed):
+def test_what_was_found_stays_fixed(seed):
     assert failures_of(seed, HERE) == []
 
 
