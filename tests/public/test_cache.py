@@ -87,8 +87,9 @@ def test_what_is_kept_does_not_grow_with_the_number_of_shapes(rng):
 def test_the_constants_of_one_layout_are_shared_by_its_plans(qkv):
     for sparsity in (0.2, 0.4, 0.6):
         rainfusion.attention(*qkv, **CLIP | {"sparsity": sparsity})
-    orders = [key for key in lowering._shared if "order" in key]
-    assert len(orders) == 1
+    # Backends that tests of wrong plugins announced may still hold theirs.
+    own = [key for key in lowering._shared if type(key[0]).__module__.startswith("rainfusion.")]
+    assert len([key for key in own if "order" in key]) == 1
 
 
 def test_a_bounded_dictionary_forgets_what_was_used_least_recently():
