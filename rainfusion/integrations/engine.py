@@ -21,6 +21,7 @@ from rainfusion.core.mask import BlockMask, PackedMask
 from rainfusion.core.parts import Grid, Part, Sink, Text
 from rainfusion.core.policies import TopK
 from rainfusion.core.problem import AttentionProblem
+from rainfusion.core.windows import Sizes
 from rainfusion.dispatch import LruDict
 from rainfusion.integrations.clock import Clock, Moment, Reading
 from rainfusion.integrations.config import RainFusionConfig, Share
@@ -232,7 +233,7 @@ class Engine:
         settings = {
             "parts": parts,
             "block": config.block,
-            "window": config.window if has_grid(parts) else None,
+            "window": window_of(parts, config),
             "omitted": config.omitted,
             "order": forward.order,
             "tensor_layout": "bshd",
@@ -281,7 +282,7 @@ class Engine:
         self, q: Array, k: Array, v: Array, parts: tuple[Part, ...], share: Share, scale: float | None, order: str
     ) -> Assessment:
         config = self.config
-        layout = TokenLayout(parts=parts, block=config.block, window=config.window if has_grid(parts) else None)
+        layout = layout_of(parts, config)
         problem = AttentionProblem.from_tensors(q, k, v, scale=scale, tensor_layout="bshd")
         plan = rainfusion.plan(problem, layout, TopK(share), omitted=config.omitted, order=order)
         fewest = FEWEST_BLOCKS if config.min_blocks is None else config.min_blocks
@@ -310,9 +311,14 @@ class Engine:
         return stopwatch(like) if self.config.timed else _no_time
 
 
-def has_grid(parts: tuple[Part, ...]) -> bool:
-    """Whether there is a grid among them."""
-    return any(isinstance(part, Grid) for part in parts)
+def window_of(parts: tuple[Part, ...], config: RainFusionConfig) -> Sizes | None:
+    """The configured window, for a sequence with a grid; a layout without one takes none."""
+    return config.window if any(isinstance(part, Grid) for part in parts) else None
+
+
+def layout_of(parts: tuple[Part, ...], config: RainFusionConfig) -> TokenLayout:
+    """The layout of a sequence of these parts."""
+    return TokenLayout(parts=parts, block=config.block, window=window_of(parts, config))
 
 
 @lru_cache(maxsize=256)

@@ -20,7 +20,7 @@ from rainfusion.integrations.clock import Clock, Reading
 from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.adapter import Adapter, UnknownModelError, adapter_of, order_of, refusal
 from rainfusion.integrations.diffusers.attention import Layer, forget_place, refuse_pickling
-from rainfusion.integrations.engine import REST, Engine, LayerParts, Parts, Rest, has_grid, settled
+from rainfusion.integrations.engine import REST, Engine, LayerParts, Parts, Rest, layout_of, settled
 from rainfusion.integrations.report import Log, Report
 
 _HOOK = "rainfusion"
@@ -49,7 +49,6 @@ def apply_rainfusion(target: Any, config: RainFusionConfig | None = None, **sett
     models, pipeline = models_of(target)
     if any(_applied(model) for model in models.values()):
         raise ConfigError("rainfusion is applied already; call remove() of its handle, or remove_rainfusion, first")
-    _check_steps(config, pipeline)
     clock, log = Clock(), Log(config.report_rows)
     applied = [
         Applied(model, adapter, config, clock, log, name, pipeline)
@@ -57,6 +56,7 @@ def apply_rainfusion(target: Any, config: RainFusionConfig | None = None, **sett
     ]
     for one in applied:
         one.check_clock()
+    for one in applied:
         one.bind()
     return Handle(config, applied, log)
 
@@ -69,14 +69,6 @@ def remove_rainfusion(target: Any) -> None:
     for model in models_of(target)[0].values():
         for one in _applied(model):
             one.release()
-
-
-def _check_steps(config: RainFusionConfig, pipeline: Any) -> None:
-    """Refuse dense steps at the end where nothing will tell how many steps there are."""
-    if not config.dense_steps[1] or config.num_steps is not None or getattr(pipeline, "scheduler", None) is not None:
-        return
-    cure = "give the pipeline" if pipeline is None else "load the scheduler of the pipeline first"
-    raise ConfigError(f"dense_steps={config.dense_steps} needs the number of denoising steps; {cure}, or num_steps")
 
 
 def models_of(target: Any) -> tuple[dict[str, nn.Module], Any]:
@@ -92,16 +84,17 @@ def models_of(target: Any) -> tuple[dict[str, nn.Module], Any]:
     if isinstance(components, Mapping):
         return _models_of_pipeline(target, components), target
     if isinstance(target, list | tuple) and target and all(isinstance(model, nn.Module) for model in target):
-        models = {id(model): model for model in map(_unwrapped, target)}.values()
-        return {f"{type(model).__name__} {i}": model for i, model in enumerate(models)}, None
+        models = [_unwrapped(model) for model in target]
+        return _once({f"{type(model).__name__} {i}": model for i, model in enumerate(models)}), None
     raise UnknownModelError(f"{_kind_of(target)} is neither a pipeline, a model nor a list of models; give one of them")
 
 
 def _models_of_pipeline(pipeline: Any, components: Mapping[str, Any]) -> dict[str, nn.Module]:
     """The known models among a pipeline's components; a denoiser that is not known is named in a warning."""
     found = {name: _unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
-    known = {name: model for name, model in found.items() if adapter_of(model)}
-    others = {name: found[name] for name in found if name not in known and name.startswith(("transformer", "unet"))}
+    known = _once({name: model for name, model in found.items() if adapter_of(model)})
+    denoisers = {name: model for name, model in found.items() if name.startswith(("transformer", "unet"))}
+    others = {name: model for name, model in denoisers.items() if not adapter_of(model)}
     if not known and others:
         raise refusal(next(iter(others.values())))
     if not known:
@@ -183,9 +176,15 @@ class Applied:
         raise refuse_pickling()
 
     def check_clock(self) -> None:
-        """Refuse a schedule of steps where nothing tells the step."""
+        """Refuse a schedule of steps where nothing tells the step, or how many steps there are."""
+        config, schedule = self.engine.config, self.engine.schedule
+        if schedule.needs_steps and config.num_steps is None and getattr(self.pipeline, "scheduler", None) is None:
+            cure = "give the pipeline" if self.pipeline is None else "load the scheduler of the pipeline first"
+            raise ConfigError(
+                f"dense_steps={config.dense_steps} needs the number of denoising steps; {cure}, or num_steps"
+            )
         parameters = signature_of(cast(Any, type(self.model))).parameters
-        if self.pipeline is None and self.engine.schedule.needs_step and self.adapter.timestep not in parameters:
+        if self.pipeline is None and schedule.needs_step and self.adapter.timestep not in parameters:
             raise ConfigError(
                 f"the schedule depends on the denoising step, which a forward of {type(self.model).__name__} does not "
                 "tell; give the pipeline, or name the argument in Adapter(timestep=...)"
@@ -259,7 +258,7 @@ class Applied:
         if hoist.fits is not None and not hoist.fits(self.model, arguments):
             return None
         whole = settled(parts, sum(part.count for part in parts if not isinstance(part, Rest)), config.sink)
-        return TokenLayout(parts=whole, block=config.block, window=config.window if has_grid(whole) else None)
+        return layout_of(whole, config)
 
     @torch.compiler.disable
     def _after(self, model: nn.Module, args: Any, output: Any) -> Any:

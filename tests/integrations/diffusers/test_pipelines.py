@@ -15,7 +15,17 @@ from rainfusion.core.errors import RainfusionWarning, UnknownBackendError
 from rainfusion.integrations.diffusers import ConfigError, UnknownModelError, apply_rainfusion, register_adapter
 from rainfusion.integrations.diffusers.models._sizes import _kept, hides_end_only, once
 from tests.integrations.diffusers.own import OWN, own_model
-from tests.integrations.diffusers.pipelines import Nameless, happened, inputs, kinds, run, settings, wan, wan_pipeline
+from tests.integrations.diffusers.pipelines import (
+    LAYERS,
+    Nameless,
+    happened,
+    inputs,
+    kinds,
+    run,
+    settings,
+    wan,
+    wan_pipeline,
+)
 
 pytestmark = pytest.mark.usefixtures("as_pipelines_run")
 
@@ -88,6 +98,24 @@ def test_a_denoiser_that_is_not_known_is_named():
     several = type("Several", (), {"components": components, "scheduler": pipe.scheduler})()
     with pytest.warns(RainfusionWarning, match="transformer_2 of the pipeline stays dense: Sequential is not known"):
         apply_rainfusion(several, settings())
+
+
+def test_a_model_under_two_names_of_a_pipeline_is_one():
+    model = wan()
+    pipe = type("Twice", (), {"components": {"transformer": model, "transformer_2": model}, "scheduler": None})()
+    handle = apply_rainfusion(pipe, settings())
+    model(**inputs())
+    assert handle.report().layers == {"transformer": LAYERS}
+    assert len(handle.report().rows) == LAYERS
+
+
+def test_a_refusal_for_one_model_leaves_the_others_as_they_are(own_adapters):
+    register_adapter("Own", replace(OWN, timestep="sigma"))
+    model = wan()
+    with pytest.raises(ConfigError, match="does not tell"):
+        apply_rainfusion([model, own_model()], settings(dense_steps=(1, 0)))
+    assert not model._forward_pre_hooks
+    apply_rainfusion(model, settings())
 
 
 def test_a_list_of_models_holds_models_only():

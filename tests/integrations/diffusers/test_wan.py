@@ -7,23 +7,11 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from tests.integrations.diffusers.families import Tiny, check_family, check_places
+from tests.integrations.diffusers.pipelines import TINY
 
 
 def make(**settings):
-    return WanTransformer3DModel(
-        **{
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": 2,
-            "attention_head_dim": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 16,
-            "freq_dim": 32,
-            "ffn_dim": 64,
-            "num_layers": 3,
-        }
-        | settings
-    )
+    return WanTransformer3DModel(**TINY | settings)
 
 
 def inputs(frames, height, width, batch=1, timesteps=None):

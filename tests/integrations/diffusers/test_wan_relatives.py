@@ -15,18 +15,7 @@ from diffusers import (
 from rainfusion.integrations.diffusers import UnknownModelError, apply_rainfusion
 from rainfusion.integrations.diffusers.adapter import known
 from tests.integrations.diffusers.families import Tiny, check_family, check_places, config, first, seeded
-
-SIZES = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 2,
-    "attention_head_dim": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 32,
-    "ffn_dim": 64,
-    "num_layers": 3,
-}
+from tests.integrations.diffusers.pipelines import TINY
 
 
 def latents(frames, height, width, batch=1, channels=4):
@@ -72,7 +61,7 @@ def vace(*sizes, batch=1, control_frames=None):
 
 
 VACE = Tiny(
-    lambda: WanVACETransformer3DModel(**SIZES, vace_layers=[0, 2], vace_in_channels=6),
+    lambda: WanVACETransformer3DModel(**TINY, vace_layers=[0, 2], vace_in_channels=6),
     {
         "video": vace(5, 8, 8),
         "odd, batch of 2": vace(3, 7, 9, batch=2),
@@ -102,7 +91,7 @@ def animate(*sizes, batch=1):
 
 ANIMATE = Tiny(
     lambda: WanAnimateTransformer3DModel(
-        **SIZES | {"in_channels": 12},
+        **TINY | {"in_channels": 12},
         latent_channels=4,
         image_dim=16,
         added_kv_proj_dim=64,
@@ -129,7 +118,7 @@ def forced(*sizes, batch=1):
 
 
 SKYREELS = Tiny(
-    lambda: SkyReelsV2Transformer3DModel(**SIZES, inject_sample_info=True),
+    lambda: SkyReelsV2Transformer3DModel(**TINY, inject_sample_info=True),
     {
         "video": plain(5, 8, 8, fps=[0]),
         "odd, batch of 2": plain(3, 7, 9, batch=2, fps=[0, 1]),
@@ -159,7 +148,7 @@ def test_block_causal_stays_dense():
 
 CHRONOEDIT = Tiny(
     # two frames are the first and the last of the 8 that temporal reasoning would have
-    lambda: ChronoEditTransformer3DModel(**SIZES | {"attention_head_dim": 36}, rope_temporal_skip_len=8),
+    lambda: ChronoEditTransformer3DModel(**TINY | {"attention_head_dim": 36}, rope_temporal_skip_len=8),
     {
         "video": plain(5, 8, 8),
         "odd, batch of 2": plain(3, 7, 9, batch=2),
@@ -185,7 +174,7 @@ def by_frame(*sizes, batch=1):
 
 
 ANYFLOW = Tiny(
-    lambda: AnyFlowTransformer3DModel(**SIZES),
+    lambda: AnyFlowTransformer3DModel(**TINY),
     {"video": by_frame(5, 8, 8), "odd, batch of 2": by_frame(3, 7, 9, batch=2), "one frame": by_frame(1, 12, 10)},
     touch=touch_by_frame,
 )
