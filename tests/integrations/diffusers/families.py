@@ -148,7 +148,9 @@ def check_places(tiny: Tiny, name: str) -> None:
         frame, row, column = tiny.touch(arguments)
         model(**arguments)
     (before, parts), (after, _) = seen[0], seen[calls]
-    changed = (before[0] != after[0]).flatten(1).any(1).nonzero().flatten().tolist()
+    # Rounding may differ between two runs by where tensors lie in memory; the touched token changes by far more.
+    same = torch.isclose(before[0], after[0], rtol=1e-4, atol=1e-5)
+    changed = (~same).flatten(1).any(1).nonzero().flatten().tolist()
     layout = TokenLayout(parts=parts, block=BLOCK)
     starts = dict(zip(map(id, layout.parts), layout.starts, strict=True))
     grid = layout.grids[-1]
