@@ -8,7 +8,6 @@ python -m tests.fuzz --seed 1234 --backend torch
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress

@@ -77,7 +77,9 @@ class State:
             return cls(next_seed=start - start % _CHUNK + worker * _CHUNK, workers=workers)
         state = cls.read(path)
         if state.workers != workers:
-            raise ValueError(f"{path} is of a run with {state.workers} workers: go on with as many, or remove its files")
+            raise ValueError(
+                f"{path} is of a run with {state.workers} workers: go on with as many, or remove its files"
+            )
         return state
 
     def following(self, seed: int) -> int:

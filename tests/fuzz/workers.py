@@ -1,4 +1,4 @@
-"""A run of the fuzzer in several processes: each takes its share of the seeds, and one that crashes is started again."""
+"""A run of the fuzzer in several processes, each with its share of the seeds; one that crashes is started again."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ class Worker:
     state: Path
     problems: int
     starts: int = 0
+    last: int = 0
     process: subprocess.Popen[bytes] | None = None
 
     def start(self, minutes: float) -> None:
         """Start a process for what is left."""
-        self.last = self.last if self.starts else self.done() + self.problems
+        self.last = self.last or self.done() + self.problems
         command = [sys.executable, "-m", "tests.fuzz", *self.arguments]
         command += ["--problems", str(self.last - self.done()), "--minutes", f"{minutes:.3f}"]
         # One thread each: problems are small, and there are as many processes as the machine bears.
@@ -86,7 +87,9 @@ def run(workers: Sequence[Worker], minutes: float, tell: Callable[[], None]) -> 
         worker.start(minutes)
     try:
         while time.monotonic() < end + _GRACE:
-            if not any([worker.goes_on((end - time.monotonic()) / 60) for worker in workers]):
+            left = (end - time.monotonic()) / 60
+            going = [worker.goes_on(left) for worker in workers]
+            if not any(going):
                 break
             time.sleep(_TICK)
             tell()
