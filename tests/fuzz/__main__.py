@@ -74,7 +74,7 @@ def _run_workers(console: Console, args: Any) -> int:
     for worker in range(args.workers):
         state = args.state.with_name(f"{args.state.name}.{worker}")
         State.of_worker(state, args.start, worker, args.workers)  # refused here, before anything starts
-        said = ["--share", f"{worker}/{args.workers}", "--state", str(state), "--start", str(args.start)]
+        said = ["--share", f"{worker}/{args.workers}", "--start", str(args.start)]
         said += ["--device", args.device, *(f"--backend={name}" for name in args.backend)]
         team.append(workers.Worker(said, state, share + (worker < more)))
     console.print(f"{args.workers} workers; states in {args.state}.0 and so on", highlight=False)

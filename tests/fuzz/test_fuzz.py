@@ -141,7 +141,7 @@ def test_several_workers_share_the_seeds(tmp_path, capsys):
 def test_a_worker_that_crashes_is_followed_by_another(tmp_path, monkeypatch):
     state = State(next_seed=7, running=7, workers=2, problems=3)
     state.write(tmp_path / "state.json")
-    worker = Worker(["--backend", "reference"], tmp_path / "state.json", problems=3, starts=1, last=6)
+    worker = Worker(["--backend", "reference", "--share", "0/2"], tmp_path / "state.json", problems=3, starts=1, last=6)
     worker.process = subprocess.Popen([sys.executable, "-c", "import os; os._exit(139)"])
     worker.process.wait()
     assert not worker.goes_on(minutes=0)

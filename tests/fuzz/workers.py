@@ -26,7 +26,7 @@ class Worker:
     """One process, or one after the other, on one share of the seeds.
 
     Attributes:
-        arguments: of `python -m tests.fuzz`, without how long to run, which depends on when it starts.
+        arguments: of `python -m tests.fuzz`, without its state and how long to run, which depends on when it starts.
         problems: how many this worker is to run.
     """
 
@@ -41,7 +41,14 @@ class Worker:
         """Start a process for what is left."""
         self.last = self.last or self.done() + self.problems
         command = [sys.executable, "-m", "tests.fuzz", *self.arguments]
-        command += ["--problems", str(self.last - self.done()), "--minutes", f"{minutes:.3f}"]
+        command += [
+            "--state",
+            str(self.state),
+            "--problems",
+            str(self.last - self.done()),
+            "--minutes",
+            f"{minutes:.3f}",
+        ]
         # One thread each: problems are small, and there are as many processes as the machine bears.
         self.process = subprocess.Popen(command, env={"OMP_NUM_THREADS": "1", **os.environ})
         self.starts += 1
