@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import rainfusion
-from rainfusion.core.arrays import array_facts
+from rainfusion.core.arrays import array_facts, moved
 from rainfusion.core.errors import LayoutError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.mask import BlockMask, PackedMask
@@ -67,10 +67,49 @@ class Forward(NamedTuple):
 
 @dataclass(frozen=True)
 class Assessment:
-    """What planning says of a call: why it stays dense, or its density."""
+    """What planning says of a call.
+
+    Attributes:
+        why_dense: why it stays dense; empty where it is to be sparse.
+        density: share of block pairs attended.
+        budget: the argument of `rainfusion.attention` that asks for it. Shares a head become quotas on the device of
+            the call, so that layers with different shares have one plan.
+        is_reached: whether as much is skipped as was asked for.
+    """
 
     why_dense: str
     density: float | None
+    budget: Mapping[str, Any]
+    is_reached: bool = True
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that the schedule makes sparse, as a probe sees it.
+
+    Attributes:
+        layer, moment: where it happens.
+        heads: of the queries.
+        layout: of the sequence; its tokens are in block order where `order` is ``"given"``.
+        kv_lengths: as in `rainfusion.attention`.
+        dense: the host's own attention.
+        sparse: sparse attention with these shares to skip.
+        is_reached: whether as much as this share can be skipped.
+    """
+
+    layer: int
+    moment: Moment
+    heads: int
+    layout: TokenLayout
+    order: str
+    kv_lengths: Array
+    dense: Callable[[], Array]
+    sparse: Callable[[Share], Array]
+    is_reached: Callable[[Share], bool]
+
+
+Probe = Callable[[Call], Array]
+"""Gives the result of a call in the engine's place."""
 
 
 class Kept(NamedTuple):
@@ -90,6 +129,10 @@ class Engine:
         log: where rows for the report go; models of one pipeline share it.
         name: of the model, for the report.
 
+    Attributes:
+        probe: takes the calls that the schedule makes sparse, as calibration does; they are in no report. None: the
+            engine itself.
+
     Raises:
         ConfigError: a configuration that does not fit the model.
         BackendError: the backend that the configuration names is unknown or not available.
@@ -101,6 +144,7 @@ class Engine:
         self.schedule = Schedule(config, layers)
         if config.backend is not None:
             plugins.host().backend(config.backend)  # refuses one that is not there
+        self.probe: Probe | None = None
         self._forward: Forward | None = None
         self._masks: dict[tuple[Any, ...], Kept] = {}
         self._run = -1
@@ -114,6 +158,11 @@ class Engine:
         copy = memo[id(self)] = Engine(self.config, self.layers, clock, log, self.name)
         return copy
 
+    @property
+    def moment(self) -> Moment | None:
+        """When the forward takes place that is under way."""
+        return None if self._forward is None else self._forward.moment
+
     # -- what a host calls ---------------------------------------------------------------------------
 
     def begin(
@@ -123,7 +172,7 @@ class Engine:
 
         Forwards of one step that the host does not name are told apart by their order: "", "#2", "#3", "#4".
         """
-        moment = self.clock.tick(reading, needs_step=self.schedule.needs_step)
+        moment = self.clock.tick(reading, needs_step=self.schedule.needs_step or self.probe is not None)
         if moment.steps is None:
             moment = moment._replace(steps=self.config.num_steps)
         if moment.run != self._run:
@@ -207,8 +256,10 @@ class Engine:
             parts = settled(described, q.shape[1], self.config.sink)
             assessed = self._assess(q, k, v, parts, share, scale, forward.order)
             if not (why := assessed.why_dense):
+                if self.probe is not None:
+                    return self.probe(self._call(layer, q, k, v, forward, parts, dense, scale, kv_lengths))
                 return self._sparse(
-                    layer, q, k, v, forward, parts, share, assessed.density, stop, scale=scale, kv_lengths=kv_lengths
+                    layer, q, k, v, forward, parts, share, assessed, stop, scale=scale, kv_lengths=kv_lengths
                 )
         out = dense()
         self._note(forward.moment, layer, DENSE, why, 1.0, stop())
@@ -225,12 +276,31 @@ class Engine:
         forward: Forward,
         parts: tuple[Part, ...],
         share: Share,
-        density: float | None,
+        assessed: Assessment,
         stop: Callable[[], Callable[[], float] | None],
         **operands: Any,
     ) -> Array:
-        config, moment = self.config, forward.moment
-        settings = {
+        config, moment, density = self.config, forward.moment, assessed.density
+        settings = self._settings(forward, parts, **operands)
+        if config.refresh_every == 1 and not config.share_masks:
+            out = rainfusion.attention(q, k, v, **assessed.budget, **settings)
+            self._note(moment, layer, SPARSE, "", density, stop())
+            return out
+        place = (self._place(forward, layer), parts, share, forward.order, *map(array_facts, (q, k)))
+        mask = self._kept_mask(place, moment)
+        if mask is not None:
+            out = rainfusion.attention(q, k, v, mask=mask, **settings)
+            self._note(moment, layer, REUSED, "", density, stop())
+            return out
+        out, made = rainfusion.attention(q, k, v, **assessed.budget, return_mask=True, **settings)
+        self._masks[place] = Kept(moment.step, moment.context, made.packed())
+        self._note(moment, layer, SPARSE, "", density, stop())
+        return out
+
+    def _settings(self, forward: Forward, parts: tuple[Part, ...], **operands: Any) -> dict[str, Any]:
+        """What a call of `rainfusion.attention` says beside its tensors and its budget."""
+        config = self.config
+        return {
             "parts": parts,
             "block": config.block,
             "window": window_of(parts, config),
@@ -240,20 +310,41 @@ class Engine:
             "backend": config.backend,
             **operands,
         }
-        if config.refresh_every == 1 and not config.share_masks:
-            out = rainfusion.attention(q, k, v, sparsity=share, **settings)
-            self._note(moment, layer, SPARSE, "", density, stop())
-            return out
-        place = (self._place(forward, layer), parts, share, forward.order, *map(array_facts, (q, k)))
-        mask = self._kept_mask(place, moment)
-        if mask is not None:
-            out = rainfusion.attention(q, k, v, mask=mask, **settings)
-            self._note(moment, layer, REUSED, "", density, stop())
-            return out
-        out, made = rainfusion.attention(q, k, v, sparsity=share, return_mask=True, **settings)
-        self._masks[place] = Kept(moment.step, moment.context, made.packed())
-        self._note(moment, layer, SPARSE, "", density, stop())
-        return out
+
+    def _call(
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        forward: Forward,
+        parts: tuple[Part, ...],
+        dense: Callable[[], Array],
+        scale: float | None,
+        kv_lengths: Array,
+    ) -> Call:
+        """A call as a probe sees it; a share for all heads is one a head, so that all shares have one plan."""
+        heads = q.shape[2]
+        settings = self._settings(forward, parts, scale=scale, kv_lengths=kv_lengths)
+
+        def assessed(share: Share) -> Assessment:
+            by_head = share if isinstance(share, tuple) else (share,) * heads
+            return self._assess(q, k, v, parts, by_head, scale, forward.order)
+
+        def sparse(share: Share) -> Array:
+            return rainfusion.attention(q, k, v, **assessed(share).budget, **settings)
+
+        return Call(
+            layer,
+            forward.moment,
+            heads,
+            layout_of(parts, self.config),
+            forward.order,
+            kv_lengths,
+            dense,
+            sparse,
+            lambda share: assessed(share).is_reached,
+        )
 
     def _place(self, forward: Forward, layer: int) -> tuple[str, int, int]:
         """Where a mask is kept: a layer may be called several times a forward, once a sample for example."""
@@ -284,15 +375,19 @@ class Engine:
         config = self.config
         layout = layout_of(parts, config)
         problem = AttentionProblem.from_tensors(q, k, v, scale=scale, tensor_layout="bshd")
-        plan = rainfusion.plan(problem, layout, TopK(share), omitted=config.omitted, order=order)
+        policy = TopK(share)
+        plan = rainfusion.plan(problem, layout, policy, omitted=config.omitted, order=order)
+        by_head = isinstance(share, tuple) and not plan.is_dense
+        budget = {"quotas": moved(plan.quotas(policy), q)} if by_head else {"sparsity": share}
         fewest = FEWEST_BLOCKS if config.min_blocks is None else config.min_blocks
         if plan.q_axis.free_blocks < fewest:
-            return Assessment(f"small: {plan.q_axis.free_blocks} free blocks, under {fewest}", None)
+            return Assessment(f"small: {plan.q_axis.free_blocks} free blocks, under {fewest}", None, budget)
         if config.min_blocks is None:
             candidate = rainfusion.choose(plan, like=q, backend=config.backend).candidate
             if candidate.speedup is not None and candidate.speedup < 1:
-                return Assessment(f"small: {candidate} estimates {candidate.speedup:.2f} times dense", None)
-        return Assessment("", plan.density)
+                return Assessment(f"small: {candidate} estimates {candidate.speedup:.2f} times dense", None, budget)
+        skipped = 0.0 if plan.density is None else 1 - plan.density
+        return Assessment("", plan.density, budget, not policy.unreached(plan.q_axis, plan.kv_axis, skipped))
 
     # -- the report ----------------------------------------------------------------------------------
 
