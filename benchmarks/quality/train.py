@@ -42,9 +42,9 @@ class Stage:
 
 
 STAGES = (
-    Stage(((21, 8, 8),), (96,), 3200, 2.0),
-    Stage(((21, 16, 16),), (24,), 2000, 3.0),
-    Stage(((21, 24, 24), (33, 24, 24)), (12, 8), 600, 3.0),
+    Stage(((21, 8, 8),), (96,), 3000, 2.0),
+    Stage(((21, 16, 16),), (24,), 1800, 3.0),
+    Stage(((21, 24, 24), (33, 24, 24)), (12, 8), 560, 3.0),
 )
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.01
 WARM_UP, COOL_DOWN = 200, 0.35
@@ -60,10 +60,12 @@ def main() -> None:
     training = Training(device, rank, ranks, args, sum(stage.steps for stage in stages))
     for stage in stages:
         training.run(stage)
+        if rank == 0:
+            _save(args.out, training.averaged)
     if rank == 0:
         averaged = training.averaged
         quality = {str(grid): drawn_well(averaged, grid, device) for grid in stages[-1].grids}
-        _write(args, averaged, training.log, quality, ranks)
+        _write(args, training.log, quality, ranks)
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -210,12 +212,12 @@ def drawn_well(model: WanTransformer3DModel, grid: Grid, device: torch.device, b
     return found
 
 
-def _write(
-    args: argparse.Namespace, model: WanTransformer3DModel, log: list[dict[str, Any]], quality: Any, ranks: int
-) -> None:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, args.out)
+def _save(path: Path, model: WanTransformer3DModel) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}, path)
+
+
+def _write(args: argparse.Namespace, log: list[dict[str, Any]], quality: Any, ranks: int) -> None:
     record = {
         "sha256": video.digest(args.out),
         "seed": args.seed,
