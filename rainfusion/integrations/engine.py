@@ -6,18 +6,19 @@ layer (`Engine.attend`) with a function that is the host's own dense attention.
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+from array_api_compat import device as device_of
+
 import rainfusion
-from rainfusion.core.arrays import array_facts
+from rainfusion.core.arrays import array_facts, namespace
 from rainfusion.core.errors import LayoutError
 from rainfusion.core.layout import TokenLayout
-from rainfusion.core.mask import BlockMask, PackedMask
+from rainfusion.core.mask import BlockMask
 from rainfusion.core.parts import Grid, Part, Sink, Text
 from rainfusion.core.policies import TopK
 from rainfusion.core.problem import AttentionProblem
@@ -25,7 +26,9 @@ from rainfusion.core.windows import Sizes
 from rainfusion.dispatch import LruDict
 from rainfusion.integrations.clock import Clock, Moment, Reading
 from rainfusion.integrations.config import RainFusionConfig, Share
+from rainfusion.integrations.device_reads import stopwatch
 from rainfusion.integrations.report import DENSE, REUSED, SKIPPED, SPARSE, Log, Row
+from rainfusion.integrations.reuse import Masks, taken
 from rainfusion.integrations.schedule import Schedule
 from rainfusion.plugins import manager as plugins
 
@@ -67,18 +70,52 @@ class Forward(NamedTuple):
 
 @dataclass(frozen=True)
 class Assessment:
-    """What planning says of a call: why it stays dense, or its density."""
+    """What planning says of a call.
+
+    Attributes:
+        why_dense: why it stays dense; empty where it does not.
+        density: share of block pairs attended.
+        quotas: blocks that every row keeps, int32 ``[heads, rows]``, where heads have shares of their own.
+    """
 
     why_dense: str
     density: float | None
+    quotas: np.ndarray | None = None
 
 
-class Kept(NamedTuple):
-    """A mask, and when it was made."""
+class SparseCall(NamedTuple):
+    """A call of a layer that is sparse.
 
-    step: int
-    context: str
-    mask: PackedMask
+    Attributes:
+        q, k, v: ``[batch, tokens, heads, head_dim]``.
+        place: which of the layer's calls in a forward, and in which context.
+        share: of block pairs to skip; a mask made for another share, or other tensors, does not fit.
+        settings: what `rainfusion.attention` is told beside tensors and what to attend.
+        dense: the host's own attention for this call.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    moment: Moment
+    place: tuple[str, int, int]
+    share: Share
+    settings: dict[str, Any]
+    dense: Callable[[], Array]
+
+    @property
+    def layer(self) -> int:
+        """The layer that calls."""
+        return self.place[1]
+
+    @property
+    def fit(self) -> tuple[Any, ...]:
+        """What a mask has to be made for, to be of use in this call."""
+        facts = map(array_facts, (self.q, self.k))
+        return (self.place, self.settings["parts"], self.share, self.settings["order"], *facts)
+
+
+Observer = Callable[[SparseCall, Array], None]
 
 
 class Engine:
@@ -89,6 +126,9 @@ class Engine:
         clock: of the pipeline; models of one pipeline share it.
         log: where rows for the report go; models of one pipeline share it.
         name: of the model, for the report.
+
+    Attributes:
+        observer: is shown every sparse call and its output, where it is set; no mask is used again then.
 
     Raises:
         ConfigError: a configuration that does not fit the model.
@@ -102,7 +142,8 @@ class Engine:
         if config.backend is not None:
             plugins.host().backend(config.backend)  # refuses one that is not there
         self._forward: Forward | None = None
-        self._masks: dict[tuple[Any, ...], Kept] = {}
+        self._masks = Masks(config)
+        self.observer: Observer | None = None
         self._run = -1
         self._unnamed = (-1, 0)
         self._assessed: LruDict[Assessment] = LruDict(256)
@@ -207,66 +248,70 @@ class Engine:
             parts = settled(described, q.shape[1], self.config.sink)
             assessed = self._assess(q, k, v, parts, share, scale, forward.order)
             if not (why := assessed.why_dense):
-                return self._sparse(
-                    layer, q, k, v, forward, parts, share, assessed.density, stop, scale=scale, kv_lengths=kv_lengths
-                )
+                settings = self._settings(parts, forward.order, scale=scale, kv_lengths=kv_lengths)
+                place = self._place(forward, layer)
+                call = SparseCall(q, k, v, forward.moment, place, share, settings, dense)
+                out, reused = self._sparse(call, assessed)
+                kind = REUSED if reused else SPARSE
+                self._note(forward.moment, layer, kind, "", assessed.density, stop(), reused)
+                return out
         out = dense()
         self._note(forward.moment, layer, DENSE, why, 1.0, stop())
         return out
 
     # -- a sparse call -------------------------------------------------------------------------------
 
-    def _sparse(
-        self,
-        layer: int,
-        q: Array,
-        k: Array,
-        v: Array,
-        forward: Forward,
-        parts: tuple[Part, ...],
-        share: Share,
-        density: float | None,
-        stop: Callable[[], Callable[[], float] | None],
-        **operands: Any,
-    ) -> Array:
-        config, moment = self.config, forward.moment
-        settings = {
+    def _settings(self, parts: tuple[Part, ...], order: str, **operands: Any) -> dict[str, Any]:
+        return {
             "parts": parts,
-            "block": config.block,
-            "window": window_of(parts, config),
-            "omitted": config.omitted,
-            "order": forward.order,
+            "block": self.config.block,
+            "window": window_of(parts, self.config),
+            "omitted": self.config.omitted,
+            "order": order,
             "tensor_layout": "bshd",
-            "backend": config.backend,
+            "backend": self.config.backend,
             **operands,
         }
-        if config.refresh_every == 1 and not config.share_masks:
-            out = rainfusion.attention(q, k, v, sparsity=share, **settings)
-            self._note(moment, layer, SPARSE, "", density, stop())
-            return out
-        place = (self._place(forward, layer), parts, share, forward.order, *map(array_facts, (q, k)))
-        mask = self._kept_mask(place, moment)
-        if mask is not None:
-            out = rainfusion.attention(q, k, v, mask=mask, **settings)
-            self._note(moment, layer, REUSED, "", density, stop())
-            return out
-        out, made = rainfusion.attention(q, k, v, sparsity=share, return_mask=True, **settings)
-        self._masks[place] = Kept(moment.step, moment.context, made.packed())
-        self._note(moment, layer, SPARSE, "", density, stop())
-        return out
 
     def _place(self, forward: Forward, layer: int) -> tuple[str, int, int]:
         """Where a mask is kept: a layer may be called several times a forward, once a sample for example."""
         return ("" if self.config.share_masks else forward.moment.context, layer, forward.called[layer])
 
-    def _kept_mask(self, place: tuple[Any, ...], moment: Moment) -> BlockMask | None:
-        """The mask that an earlier call like this one made, where it is young enough."""
-        kept = self._masks.get(place)
-        if kept is None or moment.step - kept.step >= self.config.refresh_every:
-            return None
-        if moment.step == kept.step and moment.context == kept.context:
-            return None  # a step that begins again, or another forward of it, which the host did not tell apart
-        return kept.mask.unpacked()
+    def _sparse(self, call: SparseCall, assessed: Assessment) -> tuple[Array, float]:
+        """The output, and the share of heads that used an earlier call's mask."""
+        if self.observer is None and (self.config.refresh_every > 1 or self.config.share_masks):
+            return self._with_kept_masks(call, assessed)
+        out = rainfusion.attention(call.q, call.k, call.v, sparsity=call.share, **call.settings)
+        if self.observer is not None:
+            self.observer(call, out)
+        return out, 0.0
+
+    def _with_kept_masks(self, call: SparseCall, assessed: Assessment) -> tuple[Array, float]:
+        q, k, v, settings, heads = call.q, call.k, call.v, call.settings, call.q.shape[2]
+        kept = self._masks.at(call.fit, heads)
+        means = self._masks.means(q, k, layout_of(settings["parts"], self.config), settings["order"])
+        stale = kept.stale(call.moment, means)
+        if len(stale) == heads:
+            out, made = rainfusion.attention(q, k, v, sparsity=call.share, return_mask=True, **settings)
+            kept.put(stale, made, call.moment, means)
+            return out, 0.0
+        if stale:
+            kept.put(stale, self._selected(stale, call, assessed.quotas), call.moment, means)
+        return rainfusion.attention(q, k, v, mask=kept.mask, **settings), 1 - len(stale) / heads
+
+    def _selected(self, heads: Sequence[int], call: SparseCall, quotas: np.ndarray | None) -> BlockMask:
+        """The mask of some heads.
+
+        Where heads have shares of their own, these are given as quotas: as shares they would need a plan for every set
+        of heads.
+        """
+        q, k = call.q, call.k
+        group = q.shape[2] // k.shape[2]
+        tensors = taken(q, heads, 2), taken(k, [head // group for head in heads], 2)
+        if quotas is None:
+            return rainfusion.select(*tensors, sparsity=call.share, **call.settings)
+        on_device = self._masks.constant(call.fit[1:], lambda: namespace(q).asarray(quotas, device=device_of(q)))
+        return rainfusion.select(*tensors, quotas=taken(on_device, heads, 0), **call.settings)
 
     # -- what planning says --------------------------------------------------------------------------
 
@@ -292,7 +337,7 @@ class Engine:
             candidate = rainfusion.choose(plan, like=q, backend=config.backend).candidate
             if candidate.speedup is not None and candidate.speedup < 1:
                 return Assessment(f"small: {candidate} estimates {candidate.speedup:.2f} times dense", None)
-        return Assessment("", plan.density)
+        return Assessment("", plan.density, plan.quotas(TopK(share)) if isinstance(share, tuple) else None)
 
     # -- the report ----------------------------------------------------------------------------------
 
@@ -304,8 +349,10 @@ class Engine:
         why: str,
         density: float | None = None,
         read_ms: Callable[[], float] | None = None,
+        reused: float = 0.0,
     ) -> None:
-        self.log.add(Row(self.name, moment.run, moment.step, moment.context, layer, kind, why, density), read_ms)
+        when = (moment.run, moment.step, moment.context)
+        self.log.add(Row(self.name, *when, layer, kind, why, density, reused=reused), read_ms)
 
     def _stopwatch(self, like: Array) -> Callable[[], Callable[[], float] | None]:
         return stopwatch(like) if self.config.timed else _no_time
@@ -346,33 +393,3 @@ def _settled(part: Part | Rest, left: int, sink: Sink) -> Part:
 
 def _no_time() -> None:
     return None
-
-
-def stopwatch(like: Array) -> Callable[[], Callable[[], float]]:
-    """Starts to measure; the function it returns stops, and what that returns gives the milliseconds.
-
-    On a CUDA device by events on its stream, which cost no wait until the time is read.
-    """
-    torch = sys.modules.get("torch")
-    if torch is None or getattr(getattr(like, "device", None), "type", "cpu") != "cuda":
-        start = time.perf_counter()
-
-        def stop() -> Callable[[], float]:
-            ms = 1e3 * (time.perf_counter() - start)
-            return lambda: ms
-
-        return stop
-    begun = torch.cuda.Event(enable_timing=True)
-    begun.record()
-
-    def stop_event() -> Callable[[], float]:
-        ended = torch.cuda.Event(enable_timing=True)
-        ended.record()
-
-        def read() -> float:
-            ended.synchronize()
-            return float(begun.elapsed_time(ended))
-
-        return read
-
-    return stop_event

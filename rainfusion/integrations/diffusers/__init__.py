@@ -23,12 +23,15 @@ from rainfusion.integrations.diffusers.adapter import (  # noqa: E402
     register_adapter,
 )
 from rainfusion.integrations.diffusers.apply import Handle, apply_rainfusion, remove_rainfusion  # noqa: E402
+from rainfusion.integrations.diffusers.drift import measure_drift  # noqa: E402
+from rainfusion.integrations.drift_table import DriftRow, drift_threshold  # noqa: E402
 from rainfusion.integrations.report import Report, Row  # noqa: E402
 
 __all__ = [
     "REST",
     "Adapter",
     "ConfigError",
+    "DriftRow",
     "Grid",
     "Handle",
     "Hoist",
@@ -40,6 +43,8 @@ __all__ = [
     "Tokens",
     "UnknownModelError",
     "apply_rainfusion",
+    "drift_threshold",
+    "measure_drift",
     "register_adapter",
     "remove_rainfusion",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, cast
@@ -20,7 +20,7 @@ from rainfusion.integrations.clock import Clock, Reading
 from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.adapter import Adapter, UnknownModelError, adapter_of, order_of, refusal
 from rainfusion.integrations.diffusers.attention import Layer, forget_place, refuse_pickling
-from rainfusion.integrations.engine import REST, Engine, LayerParts, Parts, Rest, layout_of, settled
+from rainfusion.integrations.engine import REST, Engine, LayerParts, Observer, Parts, Rest, layout_of, settled
 from rainfusion.integrations.report import Log, Report
 
 _HOOK = "rainfusion"
@@ -126,6 +126,11 @@ class Handle:
         """A run is over: call it where a loop of your own, with a model instead of a pipeline, is interrupted."""
         for one in self._applied:
             one.engine.reset()
+
+    def observe(self, observer: Callable[[Engine], Observer]) -> None:
+        """Let every model's sparse calls be seen, by what `observer` makes for its engine (`Engine.observer`)."""
+        for one in self._applied:
+            one.engine.observer = observer(one.engine)
 
     def remove(self) -> None:
         """Give every module its own processor back. A second call does nothing."""
