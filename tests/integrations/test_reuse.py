@@ -253,7 +253,7 @@ def test_until_a_drift_arrives_age_decides_and_none_is_awaited_longer_than_a_mas
     Late(monkeypatch, 99)
     for step in range(12):
         made.forward(step, tensors(seed=step))
-        ((place, masks),) = made.engine._masks._places.items()
+        ((_, masks),) = made.engine._masks._places.items()
         assert len(masks._readings._measured) <= 2
     assert made.reused() == [0, 1, 1] * 4
 
@@ -355,10 +355,7 @@ def test_drift_is_the_definition(library):
     got = drift(new, old)
     blocks = [[layout.to_blocks(x, axis=1).reshape(2, 16, 16, -1, 8)[:, 2::4].mean(axis=2) for x in c] for c in calls]
     blocks = [[q, k.repeat(2, axis=2)] for q, k in blocks]
-    norms = [
-        np.sqrt(((n - o) ** 2).sum((1, 3)) / (o**2).sum((1, 3)))  #
-        for n, o in zip(*blocks, strict=True)
-    ]
+    norms = [np.sqrt(((n - o) ** 2).sum((1, 3)) / (o**2).sum((1, 3))) for n, o in zip(*blocks, strict=True)]
     np.testing.assert_allclose(np.asarray(got), (norms[0] + norms[1]).max(axis=0), rtol=1e-12)
 
 
