@@ -48,7 +48,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}: {args.heads} heads of {args.head_dim}, {args.dtype}, {args.sparsity:.0%} skipped")
     print(f"{'backend':>10} {'tokens':>7} {'fresh, ms':>10} " + " ".join(f"{name:>10}" for name in COLUMNS))
-    record: dict[str, Any] = {"where": where, "environment": environment(), "rows": []}
+    record: dict[str, Any] = {"where": where, "environment": environment(), "cpu_time": args.cpu_time, "rows": []}
     for backend, tokens in itertools.product(args.backends, args.tokens):
         times = rounds(variants(backend, GRIDS[tokens], args), args)
         fresh = times["fresh"]
@@ -72,6 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, on a CPU that has other work to do")
     parser.add_argument("--json", type=Path, help="write the figures")
     return parser.parse_args()
 
@@ -115,16 +116,17 @@ def variants(backend: str, grid: tuple[int, int, int], args: argparse.Namespace)
 
 def rounds(runs: dict[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, list[float]]:
     """Milliseconds of a call of each variant, round by round, after one to warm up."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(args.rounds + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(args.calls):
                 run()
             if args.device != "cpu":
                 torch.accelerator.synchronize()
             if turn:
-                times[name].append((time.perf_counter() - start) * 1e3 / args.calls)
+                times[name].append((clock() - start) * 1e3 / args.calls)
     return times
 
 

@@ -74,12 +74,14 @@ class Assessment:
 
     Attributes:
         why_dense: why it stays dense; empty where it does not.
-        density: share of block pairs attended.
+        density: share of block pairs attended; None where only the data can tell.
+        layout: of the tokens.
         quotas: blocks that every row keeps, int32 ``[heads, rows]``, where heads have shares of their own.
     """
 
     why_dense: str
     density: float | None
+    layout: TokenLayout
     quotas: np.ndarray | None = None
 
 
@@ -289,7 +291,7 @@ class Engine:
     def _with_kept_masks(self, call: SparseCall, assessed: Assessment) -> tuple[Array, float]:
         q, k, v, settings, heads = call.q, call.k, call.v, call.settings, call.q.shape[2]
         kept = self._masks.at(call.fit, heads)
-        means = self._masks.means(q, k, layout_of(settings["parts"], self.config), settings["order"])
+        means = self._masks.means(q, k, assessed.layout, settings["order"])
         stale = kept.stale(call.moment, means)
         if len(stale) == heads:
             out, made = rainfusion.attention(q, k, v, sparsity=call.share, return_mask=True, **settings)
@@ -332,12 +334,13 @@ class Engine:
         plan = rainfusion.plan(problem, layout, TopK(share), omitted=config.omitted, order=order)
         fewest = FEWEST_BLOCKS if config.min_blocks is None else config.min_blocks
         if plan.q_axis.free_blocks < fewest:
-            return Assessment(f"small: {plan.q_axis.free_blocks} free blocks, under {fewest}", None)
+            return Assessment(f"small: {plan.q_axis.free_blocks} free blocks, under {fewest}", None, layout)
         if config.min_blocks is None:
             candidate = rainfusion.choose(plan, like=q, backend=config.backend).candidate
             if candidate.speedup is not None and candidate.speedup < 1:
-                return Assessment(f"small: {candidate} estimates {candidate.speedup:.2f} times dense", None)
-        return Assessment("", plan.density, plan.quotas(TopK(share)) if isinstance(share, tuple) else None)
+                return Assessment(f"small: {candidate} estimates {candidate.speedup:.2f} times dense", None, layout)
+        quotas = plan.quotas(TopK(share)) if isinstance(share, tuple) else None
+        return Assessment("", plan.density, layout, quotas)
 
     # -- the report ----------------------------------------------------------------------------------
 
