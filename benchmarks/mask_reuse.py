@@ -10,8 +10,8 @@ Columns, each the time of `fresh` by its own in the same round (the median of th
 `quarter`    the same, and every fourth head is selected anew.
 `all anew`   all heads are selected anew, and their masks and means are kept.
 
-Random tensors, no sink: only time is measured here. The variants take turns. A device is waited for once in `--calls`
-calls, as a pipeline would once in many layers.
+Random tensors, no sink: only time is measured here. The variants take turns in random order. A device is waited for
+once in `--calls` calls, as a pipeline would once in many layers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import statistics
 import time
 import warnings
@@ -116,10 +117,11 @@ def variants(backend: str, grid: tuple[int, int, int], args: argparse.Namespace)
 
 def rounds(runs: dict[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, list[float]]:
     """Milliseconds of a call of each variant, round by round, after one to warm up."""
+    order = random.Random(0)
     clock = time.process_time if args.cpu_time else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(args.rounds + 1):
-        for name, run in runs.items():
+        for name, run in order.sample([*runs.items()], len(runs)):
             start = clock()
             for _ in range(args.calls):
                 run()
