@@ -31,11 +31,11 @@ def stopwatch(like: Array) -> Callable[[], Callable[[], float]]:
 
         return stop
     begun = torch.cuda.Event(enable_timing=True)
-    begun.record()
+    begun.record(torch.cuda.current_stream(like.device))
 
     def stop_event() -> Callable[[], float]:
         ended = torch.cuda.Event(enable_timing=True)
-        ended.record()
+        ended.record(torch.cuda.current_stream(like.device))
 
         def read() -> float:
             ended.synchronize()
@@ -62,7 +62,7 @@ def arriving(numbers: Array) -> Arrival:
     pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     pinned.copy_(numbers, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(numbers.device))
     return lambda: pinned.tolist() if copied.query() else None
 
 
