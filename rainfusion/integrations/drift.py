@@ -5,7 +5,7 @@ head is ``|m - r| / |r|`` of its query means plus the same of its key means, whe
 made. The idea is HASTE's (arXiv 2605.14513), of which only the abstract is public; this measure of it is ours.
 
 Means over all tokens would cost more than the selection that is saved. A sample of the unprotected blocks is looked
-at: every 8th, and of short sequences at least 4.
+at: one of every 8, and of short sequences at least 4.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Array = Any
 
 _EVERY = 8
 _FEWEST = 4
+_GOLDEN = (5**0.5 - 1) / 2
 _TINY = 1e-30
 
 
@@ -75,7 +76,9 @@ def sampled_tokens(layout: TokenLayout, length: int, side: int, order: str) -> n
     axis = layout.axis(length, side)
     whole = min(axis.free_blocks, length // axis.block)
     step = max(1, min(_EVERY, whole // _FEWEST))
-    blocks = np.arange(step // 2, max(whole, 1), step)  # without an unprotected block: the first one
+    groups = np.arange(max(1, whole // step))  # without an unprotected block: the first block
+    # A place in its group that differs from one to the next, or rows of 8 windows would give one column of the picture.
+    blocks = groups * step + (groups * _GOLDEN % 1 * step).astype(np.int64)
     places: np.ndarray = blocks[:, None] * axis.block + np.arange(min(axis.block, length))
     return layout.order[places] if axis.ordered and order == "window" and layout.order is not None else places
 

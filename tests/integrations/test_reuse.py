@@ -339,10 +339,17 @@ def test_the_sample_is_whole_unprotected_blocks(grid, text, block, sink, side):
         blocks = given_order[:, 0] // axis.block
         np.testing.assert_array_equal(given_order, blocks[:, None] * axis.block + np.arange(axis.block))
         assert blocks.max() < whole
-        assert len(blocks) >= min(whole, 4, 1 + whole // 8)
-        assert len(blocks) <= max(7, whole // 8 + 1)
+        assert min(whole, 4) <= len(blocks) <= max(7, whole // 8)
     else:
         assert places.shape == (1, min(axis.block, length))
+
+
+def test_the_sample_is_of_all_columns_of_a_picture():
+    """Whose rows are 8 windows wide."""
+    layout = TokenLayout((4, 64, 64), block=64, window=(1, 8, 8), sink=None)
+    tokens = sampled_tokens(layout, layout.length, 0, "window")
+    assert len(tokens) == 32
+    assert {*(tokens % 64 // 8).ravel()} == {*range(8)}
 
 
 @pytest.mark.parametrize("library", [np.asarray, torch.from_numpy])
@@ -353,7 +360,8 @@ def test_drift_is_the_definition(library):
     sampler = Sampler()
     new, old = (sampler.means(*map(library, call), layout, "window") for call in calls)
     got = drift(new, old)
-    blocks = [[layout.to_blocks(x, axis=1).reshape(2, 16, 16, -1, 8)[:, 2::4].mean(axis=2) for x in c] for c in calls]
+    sample = sampled_tokens(layout, 256, 0, "given")[:, 0] // 16
+    blocks = [[layout.to_blocks(x, axis=1).reshape(2, 16, 16, -1, 8)[:, sample].mean(2) for x in c] for c in calls]
     blocks = [[q, k.repeat(2, axis=2)] for q, k in blocks]
     norms = [np.sqrt(((n - o) ** 2).sum((1, 3)) / (o**2).sum((1, 3))) for n, o in zip(*blocks, strict=True)]
     np.testing.assert_allclose(np.asarray(got), (norms[0] + norms[1]).max(axis=0), rtol=1e-12)
