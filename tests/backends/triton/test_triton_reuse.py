@@ -8,7 +8,7 @@ import torch
 
 from tests.integrations.heads import Heads, changed, check_heads_on_their_own, tensors
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.slow]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -17,9 +17,8 @@ def on_device(x: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a drift arrives a step later there")
-@pytest.mark.parametrize("omitted", ["drop", "summary"])
-def test_a_head_is_selected_anew_on_its_own(monkeypatch, omitted):
-    check_heads_on_their_own(Heads(monkeypatch, on_device, "triton", omitted=omitted), tensors(), 1e-5)
+def test_a_head_is_selected_anew_on_its_own(monkeypatch):
+    check_heads_on_their_own(Heads(monkeypatch, on_device, "triton"), tensors(), 1e-5)
 
 
 @pytest.mark.gpu
