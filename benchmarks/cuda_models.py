@@ -118,12 +118,7 @@ MODELS: dict[str, Callable[..., Any]] = {
 
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds a step of every variant, and ratios against the fastest dense one of the same mode."""
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(args.device):
-        model, make = MODELS[name](args.layers)
-        arguments = make()
-    torch.set_default_dtype(torch.float32)
-    model.eval().requires_grad_(False)
+    model, arguments = random_model(MODELS[name], args.layers, args.device)
     found = {}
     print(f"\n{name}, {sum(p.numel() for p in model.parameters()) / 1e9:.1f} B parameters")
     for mode in args.modes:
@@ -137,9 +132,19 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def random_model(size: Callable[..., Any], layers: int | None, device: str) -> tuple[Any, dict[str, Any]]:
+    """A bfloat16 model of a size of `MODELS`, of all its layers or fewer, and arguments of a forward; all random."""
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model, make = size(layers)
+        arguments = make()
+    torch.set_default_dtype(torch.float32)
+    return model.eval().requires_grad_(False), arguments
+
+
 def _variants(name: str, model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     dense = args.dense if args.device == "cuda" else ("native",)
-    variants = {f"dense, {backend.lstrip('_')}": lambda b=backend: _dense(model, b) for backend in dense}
+    variants = {f"dense, {backend.lstrip('_')}": lambda b=backend: dense_attention(model, b) for backend in dense}
     if "hunyuan-video-1.5" in name:  # whose own processors write out a mask of all pairs of tokens, unlike ours
         variants["dense, a mask of keys"] = lambda: apply_rainfusion(model, sparsity=0.0)
     for share in SPARSE:
@@ -149,7 +154,8 @@ def _variants(name: str, model: torch.nn.Module, args: argparse.Namespace) -> di
 
 
 @contextlib.contextmanager
-def _dense(model: Any, backend: str) -> Iterator[None]:
+def dense_attention(model: Any, backend: str) -> Iterator[None]:
+    """One of diffusers' own attention backends, by its name, for a while."""
     model.set_attention_backend(backend)
     try:
         yield
@@ -165,7 +171,7 @@ def _seconds(
         for name in random.sample(list(variants), len(variants)):
             try:
                 with variants[name](), torch.no_grad():
-                    took = _timed(lambda: model(**arguments), args.device)
+                    took = timed(lambda: model(**arguments), args.device)
             except (RuntimeError, ValueError) as error:  # a dense backend that this model or machine has not
                 if not name.startswith("dense"):
                     raise
@@ -177,7 +183,8 @@ def _seconds(
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def _timed(run: Callable[[], Any], device: str) -> float:
+def timed(run: Callable[[], Any], device: str) -> float:
+    """Seconds that a call takes, on a CUDA device by events of its stream."""
     if device == "cpu":
         start = time.perf_counter()
         run()

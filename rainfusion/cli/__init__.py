@@ -1,4 +1,4 @@
-"""The command ``rainfusion``: devices, models, plan, run, parity."""
+"""The command ``rainfusion``: devices, models, plan, run, parity, calibrate, budgets."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from rainfusion.cli.budgets import budgets
+from rainfusion.cli.calibrate import calibrate
 from rainfusion.cli.devices import devices
 from rainfusion.cli.models import models
 from rainfusion.cli.parity import parity
@@ -19,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (devices, models, plan, run, parity):
+for command in (devices, models, plan, run, parity, calibrate, budgets):
     app.command()(command)
 
 

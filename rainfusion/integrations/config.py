@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,11 +14,15 @@ from rainfusion.core.layout import TokenLayout
 from rainfusion.core.parts import Sink
 from rainfusion.core.policies import TopK
 from rainfusion.core.windows import Sizes
+from rainfusion.integrations.calibration import Calibration
+from rainfusion.integrations.head_budgets import CalibrationError, HeadBudgets, ModelBudgets
 
 Share = float | tuple[float, ...]
 """Of block pairs to skip: one for all heads, or one a head."""
-Shares = Share | Mapping[int, Share]
+LayerShares = Share | Mapping[int, Share]
 """The same, or by layer; layers that are not named are dense."""
+Shares = LayerShares | HeadBudgets | Calibration
+"""The same, or budgets that were solved for a model."""
 
 _CHOICES = {"omitted": ("drop", "summary"), "order": ("auto", "layer"), "on_grad": ("raise", "dense")}
 _COUNTS = {"num_steps": 1, "refresh_every": 1, "min_blocks": 0, "report_rows": 0}
@@ -36,7 +40,8 @@ class RainFusionConfig:
 
     Args:
         sparsity: share of block pairs to skip, in [0, 1): one, one a head, or by layer ``{layer: share}``, where layers
-            that are not named are dense. 0 is dense.
+            that are not named are dense; or a `Calibration` or `HeadBudgets`, whose budgets are bound to a model. 0 is
+            dense.
         sparsity_from_step: ``{step: sparsity}``: another sparsity from that denoising step on, counted from 0.
         dense_steps: denoising steps that are dense at the start and at the end of a run. At the end needs the number
             of steps: a pipeline that says it, or `num_steps`.
@@ -114,6 +119,43 @@ class RainFusionConfig:
     def __reduce__(self) -> tuple[Any, ...]:
         return RainFusionConfig.from_json, (self.to_json(),)
 
+    def head_budgets(self) -> dict[str, HeadBudgets]:
+        """The budgets that were solved for a model, by what names them: ``sparsity``, or a step's."""
+        named = {
+            "sparsity": self.sparsity,
+            **{f"sparsity_from_step[{n}]": s for n, s in self.sparsity_from_step.items()},
+        }
+        return {name: shares for name, shares in named.items() if isinstance(shares, HeadBudgets)}
+
+    def for_model(self, name: str, model: str, digest: str, layers: int) -> RainFusionConfig:
+        """The configuration of one model: the shares that head budgets give it stand in place of the budgets.
+
+        Args:
+            name: of the model in its pipeline.
+            model, digest, layers: as in `Binding`.
+
+        Raises:
+            ConfigError: budgets of another model, or of other blocks; it says what differs.
+        """
+        budgets = {given: self._budgets_of(name, given, shares) for given, shares in self.head_budgets().items()}
+        for given, own in budgets.items():
+            binding = own.binding
+            objection = binding.objection(model, digest, layers)
+            cure = "calibrate this one" if objection else ""
+            objection = objection or binding.mismatch(self.block, self.window, self.sink)
+            if objection:
+                raise ConfigError(f"the head budgets in {given} do not fit {name}: {objection}{cure and '; ' + cure}")
+        by_layer = {given: dict(enumerate(own.shares)) for given, own in budgets.items()}
+        steps = {n: by_layer.get(f"sparsity_from_step[{n}]", shares) for n, shares in self.sparsity_from_step.items()}
+        return replace(self, sparsity=by_layer.get("sparsity", self.sparsity), sparsity_from_step=steps)
+
+    @staticmethod
+    def _budgets_of(name: str, given: str, shares: HeadBudgets) -> ModelBudgets:
+        try:
+            return shares.of(name)
+        except CalibrationError as error:
+            raise ConfigError(f"{given}: {error}") from None
+
     def to_json(self) -> str:
         """The configuration as JSON: one object with the arguments by name."""
         return json.dumps({name: _plain(getattr(self, name)) for name in (f.name for f in fields(self))})
@@ -158,6 +200,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, HeadBudgets):
+        return value.to_dict()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [*value] if isinstance(value, tuple) else value
@@ -171,10 +215,22 @@ def _unaliased(value: Any) -> Any:
 
 
 def _shares(value: Any, name: str) -> Shares:
+    if isinstance(value, Calibration | HeadBudgets) or (isinstance(value, Mapping) and "models" in value):
+        return _head_budgets(value, name)
     if isinstance(value, Mapping):
         shares = {_index(key, name): _share(item, f"{name}[{shown(key)}]") for key, item in value.items()}
         return MappingProxyType(dict(sorted(shares.items())))
     return _share(value, name)
+
+
+def _head_budgets(value: Any, name: str) -> HeadBudgets:
+    """Budgets as they are, as a calibration's own, or as JSON writes them."""
+    try:
+        if isinstance(value, Calibration):
+            return value.budget()
+        return value if isinstance(value, HeadBudgets) else HeadBudgets.from_dict(value)
+    except CalibrationError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _share(value: Any, name: str) -> Share:

@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import device as device_of
 
-import rainfusion
 from rainfusion.core.arrays import namespace, to_numpy
 from rainfusion.core.checks import as_number, shown
 from rainfusion.core.mask import PackedMask
 from rainfusion.core.ops.means import compute_dtype
+from rainfusion.integrations.call import Call
 from rainfusion.integrations.clock import Moment
 from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.drift import Means, Sampler, drift, sampled_tokens
-from rainfusion.integrations.engine import SparseCall, layout_of
 
 Array = Any
 
@@ -86,8 +85,8 @@ class _Kept(NamedTuple):
     means: Means
 
 
-class DriftObserver:
-    """Measures one model as an observer of its engine (`Engine.observer`). It waits for the device.
+class DriftProbe:
+    """A probe of an engine that measures its model, and lets it go on with fresh masks. It waits for the device.
 
     Args:
         config: whose `refresh_every` says how many steps a mask is kept.
@@ -96,35 +95,35 @@ class DriftObserver:
     """
 
     def __init__(self, config: RainFusionConfig, name: str, rows: list[DriftRow]) -> None:
-        self._config, self._name, self._rows = config, name, rows
+        self._every, self._name, self._rows = config.refresh_every, name, rows
         self._sampler = Sampler()
         self._kept: dict[Any, _Kept] = {}
         self._run = -1
 
-    def __call__(self, call: SparseCall, out: Array) -> None:
-        """A sparse call, and its output with a fresh mask."""
-        moment = call.moment
+    def __call__(self, call: Call) -> Array:
+        """Attention with a fresh mask."""
+        mask, moment = call.select(range(call.heads)), call.moment
+        out = call.masked(mask)
         if moment.run != self._run:
             self._kept.clear()
             self._run = moment.run
-        layout, order = layout_of(call.settings["parts"], self._config), call.settings["order"]
-        means = self._sampler.means(call.q, call.k, layout, order)
+        means = self._sampler.means(call.q, call.k, call.layout, call.order)
         place = moment.context, call.fit  # which may be shared by contexts
         kept = self._kept.get(place)
-        age = self._config.refresh_every if kept is None else moment.step - kept.moment.step
-        if kept is None or not 0 < age < self._config.refresh_every:
-            fresh = rainfusion.select(call.q, call.k, sparsity=call.share, **call.settings)
-            self._kept[place] = _Kept(moment, fresh.packed(), means)
-            return
-        stale = rainfusion.attention(call.q, call.k, call.v, mask=kept.mask.unpacked(), **call.settings)
-        places = sampled_tokens(layout, call.q.shape[1], 0, order).reshape(-1)
-        columns = zip(
-            map(float, to_numpy(drift(means, kept.means))),
-            *_errors((stale, out), call.dense(), places),
-            strict=True,
-        )
+        age = self._every if kept is None else moment.step - kept.moment.step
+        if kept is None or not 0 < age < self._every:
+            self._kept[place] = _Kept(moment, mask.packed(), means)
+        else:
+            self._measure(call, out, means, kept)
+        return out
+
+    def _measure(self, call: Call, out: Array, means: Means, kept: _Kept) -> None:
+        moment, places = call.moment, sampled_tokens(call.layout, call.q.shape[1], 0, call.order).reshape(-1)
+        errors = _errors((call.masked(kept.mask.unpacked()), out), call.dense(), places)
+        drifts = map(float, to_numpy(drift(means, kept.means)))
         where = (self._name, moment.run, moment.step, moment.context, call.layer)
-        self._rows.extend(DriftRow(*where, head, age, *numbers) for head, numbers in enumerate(columns))
+        for head, numbers in enumerate(zip(drifts, *errors, strict=True)):
+            self._rows.append(DriftRow(*where, head, moment.step - kept.moment.step, *numbers))
 
 
 def _errors(outputs: Iterable[Array], dense: Array, places: np.ndarray) -> list[list[float]]:

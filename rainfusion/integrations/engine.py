@@ -6,29 +6,26 @@ layer (`Engine.attend`) with a function that is the host's own dense attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple
 
-import numpy as np
-from array_api_compat import device as device_of
-
 import rainfusion
-from rainfusion.core.arrays import array_facts, namespace
+from rainfusion.core.arrays import array_facts, moved
 from rainfusion.core.errors import LayoutError
 from rainfusion.core.layout import TokenLayout
-from rainfusion.core.mask import BlockMask
 from rainfusion.core.parts import Grid, Part, Sink, Text
 from rainfusion.core.policies import TopK
 from rainfusion.core.problem import AttentionProblem
 from rainfusion.core.windows import Sizes
 from rainfusion.dispatch import LruDict
+from rainfusion.integrations.call import Assessment, Call, Probe
 from rainfusion.integrations.clock import Clock, Moment, Reading
 from rainfusion.integrations.config import RainFusionConfig, Share
 from rainfusion.integrations.device_reads import stopwatch
 from rainfusion.integrations.report import DENSE, REUSED, SKIPPED, SPARSE, Log, Row
-from rainfusion.integrations.reuse import Masks, taken
+from rainfusion.integrations.reuse import Masks
 from rainfusion.integrations.schedule import Schedule
 from rainfusion.plugins import manager as plugins
 
@@ -68,58 +65,6 @@ class Forward(NamedTuple):
     called: dict[int, int]
 
 
-@dataclass(frozen=True)
-class Assessment:
-    """What planning says of a call.
-
-    Attributes:
-        why_dense: why it stays dense; empty where it does not.
-        density: share of block pairs attended; None where only the data can tell.
-        layout: of the tokens.
-        quotas: blocks that every row keeps, int32 ``[heads, rows]``, where heads have shares of their own.
-    """
-
-    why_dense: str
-    density: float | None
-    layout: TokenLayout
-    quotas: np.ndarray | None = None
-
-
-class SparseCall(NamedTuple):
-    """A call of a layer that is sparse.
-
-    Attributes:
-        q, k, v: ``[batch, tokens, heads, head_dim]``.
-        place: which of the layer's calls in a forward, and in which context.
-        share: of block pairs to skip; a mask made for another share, or other tensors, does not fit.
-        settings: what `rainfusion.attention` is told beside tensors and what to attend.
-        dense: the host's own attention for this call.
-    """
-
-    q: Array
-    k: Array
-    v: Array
-    moment: Moment
-    place: tuple[str, int, int]
-    share: Share
-    settings: dict[str, Any]
-    dense: Callable[[], Array]
-
-    @property
-    def layer(self) -> int:
-        """The layer that calls."""
-        return self.place[1]
-
-    @property
-    def fit(self) -> tuple[Any, ...]:
-        """What a mask has to be made for, to be of use in this call."""
-        facts = map(array_facts, (self.q, self.k))
-        return (self.place, self.settings["parts"], self.share, self.settings["order"], *facts)
-
-
-Observer = Callable[[SparseCall, Array], None]
-
-
 class Engine:
     """Sparse attention for the layers of one model.
 
@@ -130,7 +75,8 @@ class Engine:
         name: of the model, for the report.
 
     Attributes:
-        observer: is shown every sparse call and its output, where it is set; no mask is used again then.
+        probe: takes the calls that the schedule makes sparse, as calibration does; they are in no report. None: the
+            engine itself.
 
     Raises:
         ConfigError: a configuration that does not fit the model.
@@ -143,9 +89,9 @@ class Engine:
         self.schedule = Schedule(config, layers)
         if config.backend is not None:
             plugins.host().backend(config.backend)  # refuses one that is not there
+        self.probe: Probe | None = None
         self._forward: Forward | None = None
         self._masks = Masks(config)
-        self.observer: Observer | None = None
         self._run = -1
         self._unnamed = (-1, 0)
         self._assessed: LruDict[Assessment] = LruDict(256)
@@ -157,6 +103,11 @@ class Engine:
         copy = memo[id(self)] = Engine(self.config, self.layers, clock, log, self.name)
         return copy
 
+    @property
+    def moment(self) -> Moment | None:
+        """When the forward takes place that is under way."""
+        return None if self._forward is None else self._forward.moment
+
     # -- what a host calls ---------------------------------------------------------------------------
 
     def begin(
@@ -166,7 +117,7 @@ class Engine:
 
         Forwards of one step that the host does not name are told apart by their order: "", "#2", "#3", "#4".
         """
-        moment = self.clock.tick(reading, needs_step=self.schedule.needs_step)
+        moment = self.clock.tick(reading, needs_step=self.schedule.needs_step or self.probe is not None)
         if moment.steps is None:
             moment = moment._replace(steps=self.config.num_steps)
         if moment.run != self._run:
@@ -250,9 +201,11 @@ class Engine:
             parts = settled(described, q.shape[1], self.config.sink)
             assessed = self._assess(q, k, v, parts, share, scale, forward.order)
             if not (why := assessed.why_dense):
-                settings = self._settings(parts, forward.order, scale=scale, kv_lengths=kv_lengths)
-                place = self._place(forward, layer)
-                call = SparseCall(q, k, v, forward.moment, place, share, settings, dense)
+                settings = self._settings(forward, parts, scale=scale, kv_lengths=kv_lengths)
+                assess = partial(self._assess, q, k, v, parts, scale=scale, order=forward.order)
+                call = Call(self._place(forward, layer), forward.moment, q, k, v, share, settings, dense, assess)
+                if self.probe is not None:
+                    return self.probe(call)
                 out, reused = self._sparse(call, assessed)
                 kind = REUSED if reused else SPARSE
                 self._note(forward.moment, layer, kind, "", assessed.density, stop(), reused)
@@ -263,57 +216,39 @@ class Engine:
 
     # -- a sparse call -------------------------------------------------------------------------------
 
-    def _settings(self, parts: tuple[Part, ...], order: str, **operands: Any) -> dict[str, Any]:
+    def _sparse(self, call: Call, assessed: Assessment) -> tuple[Array, float]:
+        """The output, and the share of heads that used an earlier call's mask."""
+        if self.config.refresh_every == 1 and not self.config.share_masks:
+            return rainfusion.attention(call.q, call.k, call.v, **assessed.budget, **call.settings), 0.0
+        kept = self._masks.at(call.fit, call.heads)
+        means = self._masks.means(call.q, call.k, assessed.layout, call.order)
+        stale = kept.stale(call.moment, means)
+        if len(stale) == call.heads:
+            budget = {**assessed.budget, "return_mask": True}
+            out, made = rainfusion.attention(call.q, call.k, call.v, **budget, **call.settings)
+            kept.put(stale, made, call.moment, means)
+            return out, 0.0
+        if stale:
+            kept.put(stale, call.select(stale), call.moment, means)
+        return call.masked(kept.mask), 1 - len(stale) / call.heads
+
+    def _settings(self, forward: Forward, parts: tuple[Part, ...], **operands: Any) -> dict[str, Any]:
+        """What a call of `rainfusion.attention` says beside its tensors and its budget."""
+        config = self.config
         return {
             "parts": parts,
-            "block": self.config.block,
-            "window": window_of(parts, self.config),
-            "omitted": self.config.omitted,
-            "order": order,
+            "block": config.block,
+            "window": window_of(parts, config),
+            "omitted": config.omitted,
+            "order": forward.order,
             "tensor_layout": "bshd",
-            "backend": self.config.backend,
+            "backend": config.backend,
             **operands,
         }
 
     def _place(self, forward: Forward, layer: int) -> tuple[str, int, int]:
         """Where a mask is kept: a layer may be called several times a forward, once a sample for example."""
         return ("" if self.config.share_masks else forward.moment.context, layer, forward.called[layer])
-
-    def _sparse(self, call: SparseCall, assessed: Assessment) -> tuple[Array, float]:
-        """The output, and the share of heads that used an earlier call's mask."""
-        if self.observer is None and (self.config.refresh_every > 1 or self.config.share_masks):
-            return self._with_kept_masks(call, assessed)
-        out = rainfusion.attention(call.q, call.k, call.v, sparsity=call.share, **call.settings)
-        if self.observer is not None:
-            self.observer(call, out)
-        return out, 0.0
-
-    def _with_kept_masks(self, call: SparseCall, assessed: Assessment) -> tuple[Array, float]:
-        q, k, v, settings, heads = call.q, call.k, call.v, call.settings, call.q.shape[2]
-        kept = self._masks.at(call.fit, heads)
-        means = self._masks.means(q, k, assessed.layout, settings["order"])
-        stale = kept.stale(call.moment, means)
-        if len(stale) == heads:
-            out, made = rainfusion.attention(q, k, v, sparsity=call.share, return_mask=True, **settings)
-            kept.put(stale, made, call.moment, means)
-            return out, 0.0
-        if stale:
-            kept.put(stale, self._selected(stale, call, assessed.quotas), call.moment, means)
-        return rainfusion.attention(q, k, v, mask=kept.mask, **settings), 1 - len(stale) / heads
-
-    def _selected(self, heads: Sequence[int], call: SparseCall, quotas: np.ndarray | None) -> BlockMask:
-        """The mask of some heads.
-
-        Where heads have shares of their own, these are given as quotas: as shares they would need a plan for every set
-        of heads.
-        """
-        q, k = call.q, call.k
-        group = q.shape[2] // k.shape[2]
-        tensors = taken(q, heads, 2), taken(k, [head // group for head in heads], 2)
-        if quotas is None:
-            return rainfusion.select(*tensors, sparsity=call.share, **call.settings)
-        on_device = self._masks.constant(call.fit[1:], lambda: namespace(q).asarray(quotas, device=device_of(q)))
-        return rainfusion.select(*tensors, quotas=taken(on_device, heads, 0), **call.settings)
 
     # -- what planning says --------------------------------------------------------------------------
 
@@ -331,16 +266,21 @@ class Engine:
         config = self.config
         layout = layout_of(parts, config)
         problem = AttentionProblem.from_tensors(q, k, v, scale=scale, tensor_layout="bshd")
-        plan = rainfusion.plan(problem, layout, TopK(share), omitted=config.omitted, order=order)
+        policy = TopK(share)
+        plan = rainfusion.plan(problem, layout, policy, omitted=config.omitted, order=order)
+        by_head = isinstance(share, tuple) and not plan.is_dense
+        budget = {"quotas": moved(plan.quotas(policy), q)} if by_head else {"sparsity": share}
         fewest = FEWEST_BLOCKS if config.min_blocks is None else config.min_blocks
         if plan.q_axis.free_blocks < fewest:
-            return Assessment(f"small: {plan.q_axis.free_blocks} free blocks, under {fewest}", None, layout)
+            return Assessment(f"small: {plan.q_axis.free_blocks} free blocks, under {fewest}", None, layout, budget)
         if config.min_blocks is None:
             candidate = rainfusion.choose(plan, like=q, backend=config.backend).candidate
             if candidate.speedup is not None and candidate.speedup < 1:
-                return Assessment(f"small: {candidate} estimates {candidate.speedup:.2f} times dense", None, layout)
-        quotas = plan.quotas(TopK(share)) if isinstance(share, tuple) else None
-        return Assessment("", plan.density, layout, quotas)
+                return Assessment(
+                    f"small: {candidate} estimates {candidate.speedup:.2f} times dense", None, layout, budget
+                )
+        skipped = 0.0 if plan.density is None else 1 - plan.density
+        return Assessment("", plan.density, layout, budget, not policy.unreached(plan.q_axis, plan.kv_axis, skipped))
 
     # -- the report ----------------------------------------------------------------------------------
 

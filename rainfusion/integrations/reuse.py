@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from rainfusion.core.arrays import namespace
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.mask import BlockMask, PackedMask
-from rainfusion.dispatch import LruDict
 from rainfusion.integrations.clock import Moment
 from rainfusion.integrations.config import RainFusionConfig
 from rainfusion.integrations.device_reads import Arrival, arriving
@@ -77,7 +76,6 @@ class Masks:
     def __init__(self, config: RainFusionConfig) -> None:
         self._config, self._sampler = config, Sampler()
         self._places: dict[Any, HeadMasks] = {}
-        self._constants: LruDict[Array] = LruDict(256)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -98,11 +96,6 @@ class Masks:
         Args as for `Sampler.means`.
         """
         return None if self._config.reuse_drift is None else cache(lambda: self._sampler.means(q, k, layout, order))
-
-    def constant(self, key: Any, make: Callable[[], Array]) -> Array:
-        """An array that does not change with the run, made once: a copy to the device would wait each time."""
-        found = self._constants.find(key)
-        return self._constants.keep(key, make()) if found is None else found
 
 
 class HeadMasks:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rainfusion.integrations.config import ConfigError, RainFusionConfig, Share, Shares
+from rainfusion.integrations.calibration import Calibration
+from rainfusion.integrations.config import ConfigError, LayerShares, RainFusionConfig, Share, Shares
+from rainfusion.integrations.head_budgets import HeadBudgets
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,16 @@ class Schedule:
         layers: how many self-attention layers the model has.
 
     Raises:
-        ConfigError: layers are named that the model does not have.
+        ConfigError: layers are named that the model does not have, or head budgets were not resolved.
     """
 
     def __init__(self, config: RainFusionConfig, layers: int) -> None:
         self._config, self._layers = config, layers
         self._heads: int | None = None
         self._dense_layers = frozenset(layer + layers if layer < 0 else layer for layer in config.dense_layers)
-        named = [config.sparsity, *config.sparsity_from_step.values()]
+        self._sparsity = _by_layer(config.sparsity)
+        self._from_step = {step: _by_layer(shares) for step, shares in config.sparsity_from_step.items()}
+        named = [self._sparsity, *self._from_step.values()]
         by_layer = {layer for shares in named if isinstance(shares, Mapping) for layer in shares}
         if wrong := sorted(layer for layer in self._dense_layers | by_layer if not 0 <= layer < layers):
             raise ConfigError(f"layers {', '.join(map(str, wrong))} are named, and the model has {layers}, from 0 on")
@@ -48,7 +52,7 @@ class Schedule:
         """
         if self._heads == heads:
             return
-        for name, shares in {"sparsity": self._config.sparsity, **_named(self._config.sparsity_from_step)}.items():
+        for name, shares in {"sparsity": self._sparsity, **_named(self._from_step)}.items():
             by_layer = shares if isinstance(shares, Mapping) else {"": shares}
             for layer, share in by_layer.items():
                 if isinstance(share, tuple) and len(share) not in (1, heads):
@@ -90,8 +94,8 @@ class Schedule:
         return Decision(share) if _skips(share) else Decision(None, "sparsity 0")
 
     def _share(self, step: int, layer: int) -> Share:
-        shares: Shares = self._config.sparsity
-        for start, other in self._config.sparsity_from_step.items():
+        shares = self._sparsity
+        for start, other in self._from_step.items():
             if step >= start:
                 shares = other
         return shares.get(layer, 0.0) if isinstance(shares, Mapping) else shares
@@ -101,5 +105,12 @@ def _skips(share: Share) -> bool:
     return any(share) if isinstance(share, tuple) else share > 0
 
 
-def _named(by_step: Mapping[int, Shares]) -> dict[str, Shares]:
+def _by_layer(shares: Shares) -> LayerShares:
+    """Shares that are a model's own."""
+    if isinstance(shares, HeadBudgets | Calibration):
+        raise ConfigError("head budgets are bound to a model; give the engine what config.for_model(...) returns")
+    return shares
+
+
+def _named(by_step: Mapping[int, LayerShares]) -> dict[str, LayerShares]:
     return {f"sparsity_from_step[{step}]": shares for step, shares in by_step.items()}

@@ -15,7 +15,7 @@ import torch
 
 import rainfusion
 from tests.fuzz.laws import LawBroken, Subject, Trial
-from tests.fuzz.problems import Generator, Problem, draw
+from tests.fuzz.problems import Generator, Problem, draw_for
 
 Arguments = dict[str, Any]
 Spoil = Callable[[Arguments, Trial, Generator], None]
@@ -182,15 +182,15 @@ _SETTINGS: tuple[Spoil, ...] = (
 )
 
 
-def check_refused(seed: int, backend: str) -> None:
+def check_refused(seed: int, backend: str, device: str = "cpu") -> None:
     """A call that does not fit is refused, whatever is wrong with it.
 
     Raises:
         LawBroken: it is not, or by an error that does not say so.
     """
-    problem = _plain(draw(seed))
+    problem = _plain(draw_for(seed, device))
     rng = problem.rng(7)
-    trial = Trial(Subject(problem), backend)
+    trial = Trial(Subject(problem, device), backend)
     said: Arguments = {**trial.arrays, **problem.settings, **trial.choice, **trial.operands, "backend": backend}
     group = _TENSORS if rng.random() < 0.4 else _SETTINGS
     spoil = group[rng.integers(len(group))]

@@ -27,9 +27,14 @@ class LawBroken(AssertionError):
 
 @dataclass
 class Subject:
-    """A problem with its tensors and its oracle; what is right is worked out once for all backends."""
+    """A problem with its tensors and its oracle; what is right is worked out once for all backends.
+
+    Attributes:
+        device: where torch tensors lie, ``"cpu"`` or such as ``"cuda:0"``.
+    """
 
     problem: Problem
+    device: str = "cpu"
     oracle: Oracle = field(init=False)
 
     def __post_init__(self) -> None:
@@ -40,7 +45,7 @@ class Subject:
     def expected(self, mask: np.ndarray, omitted: str) -> Expected:
         key = (np.packbits(mask).tobytes(), omitted)
         if key not in self._expected:
-            self._expected[key] = self.oracle.attend(mask, omitted)
+            self._expected[key] = self.oracle.attend(mask, omitted, fast_products=self.device != "cpu")
         return self._expected[key]
 
     @cached_property
@@ -74,14 +79,16 @@ class Trial:
         self.subject, self.backend = subject, backend
         self.problem, self.oracle = subject.problem, subject.oracle
         self.kind = "torch" if backend in ("torch", "triton") else self.problem.kind
-        self.arrays = {name: array_of(self.problem, name, x, self.kind) for name, x in self.oracle.tensors.items()}
+        self.arrays = {
+            name: array_of(self.problem, name, x, self.kind, subject.device) for name, x in self.oracle.tensors.items()
+        }
 
     @cached_property
     def operands(self) -> dict[str, Any]:
         """Lengths and quotas, as NumPy arrays or on the tensors' side."""
         given = {"kv_lengths": self.problem.lengths, "quotas": self.subject.quotas}
         as_tensors = self.kind == "torch" and self.problem.seed % 2 == 0
-        return {name: torch.from_numpy(np.array(x)) if as_tensors else x for name, x in given.items() if x is not None}
+        return {name: self.tensor(x) if as_tensors else x for name, x in given.items() if x is not None}
 
     @cached_property
     def choice(self) -> dict[str, Any]:
@@ -102,8 +109,11 @@ class Trial:
 
     def block_mask(self, grid: np.ndarray, layout: Any = None) -> rainfusion.BlockMask:
         problem = self.problem
-        blocks = torch.from_numpy(grid.copy()) if self.kind == "torch" else grid
+        blocks = self.tensor(grid) if self.kind == "torch" else grid
         return rainfusion.BlockMask(blocks, problem.q_len, problem.kv_len, problem.block, layout)
+
+    def tensor(self, x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(x)).to(self.subject.device)
 
     def attention(self, *, lse: bool, mask: bool, **changed: Any) -> tuple[Any, ...]:
         """`rainfusion.attention` as the problem asks for it, its results as a tuple."""
@@ -324,7 +334,7 @@ def check_compiled(trial: Trial, results: tuple[Any, ...], grid: np.ndarray) -> 
     """Under `torch.compile` a call gives the bits that it gives by itself."""
     if trial.kind != "torch" or trial.problem.choice.kind == "mask":
         return
-    operands = {name: torch.as_tensor(x) for name, x in trial.operands.items()}
+    operands = {name: torch.as_tensor(x, device=trial.subject.device) for name, x in trial.operands.items()}
     lse, mask = trial.problem.returns
     said = {**trial.problem.settings, **trial.choice, **operands, "return_lse": lse, "return_mask": mask}
     torch._dynamo.reset()
@@ -374,7 +384,7 @@ def _at(index: Any) -> str:
 
 def _host(x: Any) -> np.ndarray:
     """An array of either kind in float64."""
-    return x.to(torch.float64).numpy() if isinstance(x, torch.Tensor) else np.asarray(x).astype(np.float64)
+    return x.to(torch.float64).cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x).astype(np.float64)
 
 
 def _heads_first(trial: Trial, x: Any) -> np.ndarray:
@@ -385,7 +395,7 @@ def _bits(x: Any) -> bytes:
     if isinstance(x, rainfusion.BlockMask):
         x = x.blocks
     if isinstance(x, torch.Tensor):
-        x = x.contiguous().view(torch.uint8 if x.ndim else x.dtype).numpy()
+        x = x.contiguous().view(torch.uint8 if x.ndim else x.dtype).cpu().numpy()
     return bytes(np.ascontiguousarray(x).tobytes())
 
 

@@ -7,6 +7,7 @@ attention is masked softmax over every token and every block mean; the selection
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -21,6 +22,8 @@ from tests.fuzz.problems import Choice, Part, Problem
 _ROUNDINGS = {"float64": 2.0**-47, "float32": 2.0**-18, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _LSE_ROUNDINGS = {"float64": 2.0**-47, "float32": 2.0**-20}
 _UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
+# Products on an accelerator: weights are rounded to the dtype before the second one, or to three TensorFloat-32 parts.
+_PRODUCT_UNIT = {"float32": 2.0**-20, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _MASS_EPSILON = 1e-5
 
 # What the block order holds, one after the other; see docs/layouts.md.
@@ -165,26 +168,47 @@ class Oracle:
         """The dtype that is computed in."""
         return "float64" if self.problem.dtype == "float64" else "float32"
 
-    def attend(self, mask: np.ndarray, omitted: str) -> Expected:
-        """Attention over the blocks of a mask."""
+    def attend(self, mask: np.ndarray, omitted: str, *, fast_products: bool = False) -> Expected:
+        """Attention over the blocks of a mask.
+
+        Args:
+            fast_products: allow what kernels of accelerators do: weights, and the means of omitted blocks, rounded to
+                the tensors' dtype, and float32 as three TensorFloat-32 products.
+        """
         with np.errstate(all="ignore"):
             out, lse = self._attend(mask, omitted, "float64")
             coarse, coarse_lse = self._attend(mask, omitted, "float32")
             share = _UNIT[self.wide] / _UNIT["float32"]
-            noise = 4 * _UNIT[self.wide] * self._magnitude()
+            noise = (16 if fast_products else 4) * _UNIT[self.wide] * self._magnitude()
             out_error = _worst(_rounded(coarse, self.problem.dtype), out) * share
+            weights = 0.0
+            if fast_products:
+                rounded, _ = self._attend(mask, omitted, "float32", mean_dtype=self.problem.dtype)
+                out_error = max(out_error, _worst(_rounded(rounded, self.problem.dtype), out))
+                spread, _ = self._attend(mask, omitted, "float32", of_values=np.abs)
+                weights = _PRODUCT_UNIT[self.problem.dtype] * _largest(spread)
             lse_error = _worst(coarse_lse, lse) * share
         largest, largest_lse = _largest(out), max(_largest(lse), 1.0)
         values = _largest(self.tensors["v"])
         return Expected(
             out,
             lse,
-            2 * out_error + _ROUNDINGS[self.problem.dtype] * largest + noise * values,
+            2 * out_error + _ROUNDINGS[self.problem.dtype] * largest + noise * values + weights,
             2 * lse_error + _LSE_ROUNDINGS[self.wide] * largest_lse + noise,
         )
 
-    def _attend(self, mask: np.ndarray, omitted: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    def _attend(
+        self,
+        mask: np.ndarray,
+        omitted: str,
+        dtype: str,
+        *,
+        mean_dtype: str | None = None,
+        of_values: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Output and log-sum-exp in a dtype, of rounded means and of a function of the values where these are given."""
         q, k, v = (x.astype(dtype) for x in self._in_blocks())
+        v = v if of_values is None else of_values(v)
         scale = np.dtype(dtype).type(self.problem.logit_scale)
         rows = np.take(mask, self.q.block_of_position(), axis=2)
         keep = np.take(rows, self.kv.block_of_position(), axis=3) & self.kv.valid(self.lengths)[:, None, None, :]
@@ -193,6 +217,8 @@ class Oracle:
         if omitted == "summary":
             counts = self.kv.counts(self.lengths)[:, None, None, :]
             kb, vb = self.means(k, self.kv, self.lengths), self.means(v, self.kv, self.lengths)
+            if mean_dtype is not None:
+                kb, vb = (_rounded(x, mean_dtype).astype(dtype) for x in (kb, vb))
             rest = q @ kb.swapaxes(2, 3) * scale + np.log(np.maximum(counts, 1)).astype(dtype)
             logits = np.concatenate([logits, rest], axis=3)
             keep = np.concatenate([keep, ~rows & (counts > 0)], axis=3)

@@ -6,7 +6,7 @@ parts below a window, rows that keep nothing), and small problems consist of edg
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm, prod
 from typing import Any, NamedTuple
@@ -22,6 +22,15 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 _BLOCKS = (1, 2, 3, 4, 5, 7, 8, 8, 12, 16, 16, 24, 32, 32, 48, 64, 128)
 _HEAD_DIMS = (1, 2, 3, 5, 8, 8, 16, 16, 17, 24, 32, 64, 80, 128)
 _STRIDES = ("plain", "every_second", "swapped", "within", "reversed", "expanded")
+# Blocks and head dims on an accelerator, where each pair is another kernel to compile; those of Hopper's kernel thrice.
+_DEVICE_TILES = (
+    *3 * (((128, 128), 64), ((128, 128), 128)),
+    *(((128, 128), dim) for dim in (80, 256)),
+    *(((64, 64), dim) for dim in (64, 128)),
+    *(((128, 64), 64), ((32, 16), 24), ((16, 16), 16), ((24, 48), 32), ((48, 48), 1)),
+    *(((8, 8), 17), ((5, 7), 8), ((1, 2), 5)),
+)
+_MOST_LOGITS = 10_000_000
 _SINKS = ("first_frame", "first_frame_keys", "last_frame", "last_frame_keys")
 
 
@@ -202,6 +211,41 @@ def draw(seed: int) -> Problem:
     )
 
 
+def draw_for(seed: int, device: str) -> Problem:
+    """The problem of a seed on a device: on the CPU as it is drawn, on others with few kinds of tiles and longer.
+
+    Accelerators compile a kernel for every kind of tile, and their largest blocks need longer sequences to have edges.
+    """
+    problem = draw(seed)
+    if device == "cpu":
+        return problem
+    rng = problem.rng(9)
+    block, head_dim = _DEVICE_TILES[rng.integers(len(_DEVICE_TILES))]
+    logits = problem.q_len * problem.kv_len * problem.heads * problem.batch
+    longer = next((n for n in (4, 3, 2) if min(block) >= 64 and logits * n * n < _MOST_LOGITS), 1)
+    lengths = None if problem.lengths is None else problem.lengths * longer + rng.integers(0, longer, problem.batch)
+    return replace(
+        problem,
+        parts=tuple(_longer(part, longer) for part in problem.parts),
+        window=None,
+        block=block,
+        q_len=problem.q_len * longer,
+        kv_len=problem.kv_len * longer,
+        head_dim=head_dim,
+        dtype="float32" if problem.dtype == "float64" else problem.dtype,
+        lengths=lengths,
+        kind="torch",
+    )
+
+
+def _longer(part: Part, longer: int) -> Part:
+    """The part with that many times its tokens and no window of its own: one fills whole blocks of one size only."""
+    if part.kind != "grid":
+        return part._replace(sizes=(part.count * longer,))
+    frames, height, width = part.sizes
+    return part._replace(sizes=(frames, height * longer, width), window=None)
+
+
 def mask_of(problem: Problem, rows: int, columns: int) -> np.ndarray:
     """The mask that is given: any density, with empty rows and columns."""
     rng = problem.rng(3)
@@ -221,12 +265,12 @@ def quotas_of(problem: Problem, rows: int, columns: int) -> np.ndarray:
     return rng.integers(-1, columns + 2, shape).astype(rng.choice(["int32", "int64"]))
 
 
-def array_of(problem: Problem, name: str, x: np.ndarray, kind: str) -> Any:
-    """A tensor of the problem as the caller would hold it: in its layout, dtype, kind and strides."""
+def array_of(problem: Problem, name: str, x: np.ndarray, kind: str, device: str = "cpu") -> Any:
+    """A tensor of the problem as the caller would hold it: in its layout, dtype, kind, device and strides."""
     stored = np.ascontiguousarray(x if problem.tensor_layout == "bhsd" else x.swapaxes(1, 2))
     if kind == "numpy":
         return _strided(stored.astype(numpy_dtype(problem.dtype)), problem.strides)
-    return _strided(torch.from_numpy(stored).to(getattr(torch, problem.dtype)), problem.strides)
+    return _strided(torch.from_numpy(stored).to(device, getattr(torch, problem.dtype)), problem.strides)
 
 
 def numpy_dtype(name: str) -> Any:
@@ -238,16 +282,16 @@ def _strided(x: Any, strides: str) -> Any:
     xp: Any = torch if isinstance(x, torch.Tensor) else np
     shape = tuple(x.shape)
     if strides == "every_second":
-        wide = xp.zeros((*shape[:3], 2 * shape[3]), dtype=x.dtype)
+        wide = _zeros(x, (*shape[:3], 2 * shape[3]))
         wide[..., 1::2] = x
         return wide[..., 1::2]
     if strides == "swapped":
-        stored = xp.zeros((shape[0], shape[2], shape[1], shape[3]), dtype=x.dtype)
+        stored = _zeros(x, (shape[0], shape[2], shape[1], shape[3]))
         view = stored.swapaxes(1, 2)
         view[...] = x
         return view
     if strides == "within":
-        wide = xp.zeros((shape[0], shape[1] + 1, shape[2] + 3, shape[3] + 1), dtype=x.dtype)
+        wide = _zeros(x, (shape[0], shape[1] + 1, shape[2] + 3, shape[3] + 1))
         wide[:, 1:, 2:-1, 1:] = x
         return wide[:, 1:, 2:-1, 1:]
     if strides == "reversed" and xp is np:  # torch has no negative strides
@@ -255,6 +299,10 @@ def _strided(x: Any, strides: str) -> Any:
     if strides == "expanded":
         return np.broadcast_to(x[:1], shape) if xp is np else x[:1].expand(shape)
     return x
+
+
+def _zeros(like: Any, shape: tuple[int, ...]) -> Any:
+    return like.new_zeros(shape) if isinstance(like, torch.Tensor) else np.zeros(shape, like.dtype)
 
 
 def _values(recipe: str, shape: tuple[int, ...], rng: Generator) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ import rainfusion
 from rainfusion.core import passes, planner
 from tests.fuzz.__main__ import main
 from tests.fuzz.laws import Subject, broken_laws
-from tests.fuzz.problems import draw
+from tests.fuzz.problems import draw, draw_for
 from tests.fuzz.run import State, failures_of, is_bad, steps
+from tests.fuzz.workers import Worker
 
 HERE = ("reference", "torch")
 # Each of these found a fault once; `python -m tests.fuzz --seed N` shows it.
@@ -121,3 +124,40 @@ def test_a_seed_is_replayed_and_described(capsys):
     assert main(["--seed", "1", "--backend", "reference"]) == 0
     assert "seed 1: batch=" in capsys.readouterr().out
     assert main(["--backend", "abacus"]) == 2
+
+
+def test_several_workers_share_the_seeds(tmp_path, capsys):
+    state, path = tmp_path / "state.json", tmp_path / "record.json"
+    said = ["--problems", "24", "--workers", "2", "--backend", "reference"]
+    assert main([*said, "--state", str(state), "--record", str(path)]) == 0
+    facts = json.loads(path.read_text())
+    assert (facts["problems"], facts["workers"], facts["failures"]) == (24, 2, [])
+    # Each takes ten at a time: 0 to 9 and 20, 21; 10 to 19 and 30, 31.
+    assert [State.read(tmp_path / f"state.json.{i}").next_seed for i in range(2)] == [22, 32]
+    assert main([*said[:2], "--workers", "3", "--state", str(state)]) == 2
+    assert "with 2 workers" in capsys.readouterr().out
+
+
+def test_a_worker_that_crashes_is_followed_by_another(tmp_path, monkeypatch):
+    state = State(next_seed=7, running=7, workers=2, problems=3)
+    state.write(tmp_path / "state.json")
+    worker = Worker(["--backend", "reference", "--share", "0/2"], tmp_path / "state.json", problems=3, starts=1, last=6)
+    worker.process = subprocess.Popen([sys.executable, "-c", "import os; os._exit(139)"])
+    worker.process.wait()
+    assert not worker.goes_on(minutes=0)
+    assert worker.goes_on(minutes=1)
+    worker.process.wait()
+    ended = State.read(worker.state)
+    assert (worker.starts, ended.problems, ended.next_seed) == (2, 6, 21)
+    assert [failure["message"] for failure in ended.failures] == ["the process ended within it"]
+    assert not worker.goes_on(minutes=1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_problems_for_accelerators_fit_their_oracle(seed):
+    """The laws hold for them on the CPU too, under the limits of the CPU."""
+    problem = draw_for(seed, "cuda:0")
+    assert problem.dtype != "float64"
+    assert problem.lengths is None or len(problem.lengths) == problem.batch
+    if problem.q_len * problem.kv_len * problem.batch * problem.heads < 10**6:
+        assert list(broken_laws(Subject(problem), ("reference",))) == []

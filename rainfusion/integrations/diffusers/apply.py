@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, cast
@@ -20,7 +20,9 @@ from rainfusion.integrations.clock import Clock, Reading
 from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.adapter import Adapter, UnknownModelError, adapter_of, order_of, refusal
 from rainfusion.integrations.diffusers.attention import Layer, forget_place, refuse_pickling
-from rainfusion.integrations.engine import REST, Engine, LayerParts, Observer, Parts, Rest, layout_of, settled
+from rainfusion.integrations.diffusers.identity import digest_of
+from rainfusion.integrations.engine import REST, Engine, LayerParts, Parts, Rest, layout_of, settled
+from rainfusion.integrations.measure import grids_of
 from rainfusion.integrations.report import Log, Report
 
 _HOOK = "rainfusion"
@@ -127,11 +129,6 @@ class Handle:
         for one in self._applied:
             one.engine.reset()
 
-    def observe(self, observer: Callable[[Engine], Observer]) -> None:
-        """Let every model's sparse calls be seen, by what `observer` makes for its engine (`Engine.observer`)."""
-        for one in self._applied:
-            one.engine.observer = observer(one.engine)
-
     def remove(self) -> None:
         """Give every module its own processor back. A second call does nothing."""
         for one in self._applied:
@@ -161,6 +158,7 @@ class Applied:
     ) -> None:
         modules = adapter.attention_modules(model)
         self.model, self.adapter, self.pipeline = model, adapter, pipeline
+        config, self._grids = _bound(config, name, model, len(modules))
         self.engine = Engine(config, len(modules), clock, log, name)
         self.layers = [Layer(module, i, adapter, self.engine) for i, module in enumerate(modules.values())]
         self._contexts = _Contexts(self.engine)
@@ -241,6 +239,8 @@ class Applied:
         if self.adapter.prepare is not None:
             arguments.update(self.adapter.prepare(arguments))
         parts = self.adapter.parts(model, arguments)
+        if self._grids and isinstance(parts, tuple):
+            self._look_at_grids(grids_of(parts))
         self._order = None if isinstance(parts, str) else self._whole_order(parts, arguments)
         order = "window" if self._order is None else "given"
         reading = self._reading(arguments)
@@ -293,6 +293,23 @@ class Applied:
                 stacklevel=2,
             )
         self._lost = lost
+
+    def _look_at_grids(self, grids: Iterable[str]) -> None:
+        """Say once where head budgets are used for grids that they were not measured on."""
+        if others := [grid for grid in grids if grid not in self._grids]:
+            warnings.warn(
+                f"the head budgets of {self.engine.name} were measured on {', '.join(sorted(self._grids)[:4])}, and "
+                f"this is {others[0]}; they are used as they are. Calibrate with this size where quality matters",
+                RainfusionWarning,
+                stacklevel=2,
+            )
+            self._grids = frozenset()
+
+    @property
+    def context(self) -> str | None:
+        """Which of the forwards of a step is under way, such as ``"cond"``; None where the pipeline does not say."""
+        context = self._contexts.manager._context
+        return None if context is None else str(context.name)
 
     def _reading(self, arguments: Mapping[str, Any]) -> Reading:
         """What the host says of this forward: the context, or else the scheduler, knows the step."""
@@ -362,6 +379,25 @@ def _by_scheduler(pipeline: Any) -> tuple[int | None, int | None]:
     step = begin if scheduler.step_index is None else scheduler.step_index
     step, steps = step - begin, len(timesteps) - begin
     return (step if step < steps else None), steps  # all done: another pipeline runs, with a scheduler of its own
+
+
+def _bound(
+    config: RainFusionConfig, name: str, model: nn.Module, layers: int
+) -> tuple[RainFusionConfig, frozenset[str]]:
+    """A model's own configuration, and the grids that its head budgets, if it has some, were measured on."""
+    budgets = config.head_budgets()
+    if not budgets:
+        return config, frozenset()
+    own = config.for_model(name, type(model).__name__, digest_of(model), layers)
+    bindings = [given.of(name).binding for given in budgets.values()]
+    for omitted in {binding.omitted for binding in bindings} - {config.omitted}:
+        warnings.warn(
+            f"the head budgets of {name} were measured with omitted={omitted!r} and are used with "
+            f"omitted={config.omitted!r}; calibrate with that where quality matters",
+            RainfusionWarning,
+            stacklevel=5,
+        )
+    return own, frozenset(grid for binding in bindings for grid in binding.grids)
 
 
 def _known(model: nn.Module) -> Adapter:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.apply import apply_rainfusion
-from rainfusion.integrations.drift_table import DriftObserver, DriftRow
+from rainfusion.integrations.drift_table import DriftProbe, DriftRow
 
 
 def measure_drift(target: Any, run: Callable[[], Any], config: RainFusionConfig) -> tuple[DriftRow, ...]:
@@ -33,6 +33,7 @@ def measure_drift(target: Any, run: Callable[[], Any], config: RainFusionConfig)
         raise ConfigError("refresh_every=1 uses no mask again; give the most steps that a mask may be used for")
     rows: list[DriftRow] = []
     with apply_rainfusion(target, config) as handle:
-        handle.observe(lambda engine: DriftObserver(config, engine.name, rows))
+        for one in handle._applied:
+            one.engine.probe = DriftProbe(config, one.engine.name, rows)
         run()
     return tuple(rows)

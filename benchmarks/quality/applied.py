@@ -1,0 +1,64 @@
+"""Runs that go through `apply_rainfusion`, as a user's would: budgets a head by calibration, and masks used again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rainfusion.integrations.diffusers import Calibration, RainFusionConfig, apply_rainfusion, calibrate
+from torch import Tensor
+
+from quality import model as video
+
+if TYPE_CHECKING:
+    from quality.groups import Run
+    from quality.measure import Bench
+
+_calibrations: dict[tuple[Any, ...], Calibration] = {}
+
+
+def denoised(bench: Bench, run: Run) -> tuple[Tensor, dict[str, Any]]:
+    """The videos of a run, and what its report says."""
+    settings = dict(run.config or {})
+    calibrated = settings.pop("calibrated", False)
+    base = RainFusionConfig(
+        sparsity=run.share,
+        dense_steps=run.dense_steps,
+        num_steps=bench.steps,
+        min_blocks=0,
+        **{"block": 128, **run.rule.settings},
+        **settings,
+    )
+    found: dict[str, Any] = {}
+    if calibrated:
+        calibration = _calibration(bench, base)
+        table = calibration.tables[0]
+        found["predicted"] = table.predicted(calibration.budget(run.share).models[0].shares)
+        base = RainFusionConfig.of({**_arguments_of(base), "sparsity": calibration.budget(run.share)})
+    handle = apply_rainfusion(bench.model, base)
+    try:
+        made = video.denoise(bench.model, bench.asked, bench.noise, steps=bench.steps)
+        report = handle.report()
+    finally:
+        handle.remove()
+    return made, found | {"density": report.density, "reused": report.reused}
+
+
+def _calibration(bench: Bench, config: RainFusionConfig) -> Calibration:
+    """Of other scenes than those that are measured; one for each sink and treatment of omitted blocks."""
+    key = (config.sink, config.omitted)
+    if key not in _calibrations:
+        asked, noise = bench.tuning
+        _calibrations[key] = calibrate(
+            bench.model,
+            [None],
+            config=config,
+            shares=(0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
+            run=lambda _: video.denoise(bench.model, asked, noise, steps=bench.steps),
+            progress=False,
+        )
+        print(_calibrations[key], flush=True)
+    return _calibrations[key]
+
+
+def _arguments_of(config: RainFusionConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}

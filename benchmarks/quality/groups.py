@@ -1,0 +1,143 @@
+"""The runs of the quality measurements, by the question that they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from rainfusion.core.policies import Hybrid, TopK, TopP
+
+from quality.rules import Nearest, OwnBlock, RandomBlocks, Rule, Sizes, compensation_error, sub_blocks
+
+SHARES = (0.6, 0.7, 0.8, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A rule at a share of block pairs to skip.
+
+    Attributes:
+        dense_steps: dense at the start and at the end.
+        config: further settings of a `RainFusionConfig`, for runs that go through `apply_rainfusion`; with
+            ``calibrated`` for budgets a head.
+        picture: keep some frames.
+    """
+
+    rule: Rule
+    share: float
+    dense_steps: tuple[int, int] = (0, 0)
+    note: str = ""
+    config: dict[str, Any] | None = None
+    picture: bool = False
+
+
+OURS = Rule("block means")
+PAPER = Rule("published", partial(TopK, counting="paper"))
+RANDOM = Rule("random blocks", RandomBlocks)
+RASTER = Rule("raster order", raster=True)
+SINKS = (("first_frame", "rows and columns"), ("first_frame_keys", "columns"), (None, "none"))
+
+
+def sink(name: str | None, said: str, omitted: str) -> Rule:
+    """The shipped rule with a sink and a treatment of omitted blocks."""
+    also = ", summaries" if omitted == "summary" else ""
+    return Rule(f"sink {said}{also}", settings={"sink": name, "omitted": omitted})
+
+
+def headline(grid: Sizes) -> list[Run]:
+    """The published rule, ours, and what neither should lose to."""
+    best = sink(None, "none", "summary")
+    runs = [Run(rule, share) for share in SHARES for rule in (PAPER, OURS, RANDOM, RASTER)]
+    runs += [Run(best, share) for share in SHARES]
+    return [replace(run, picture=run.share in (0.8, 0.9) and run.rule in (PAPER, OURS, best)) for run in runs]
+
+
+def sinks(grid: Sizes) -> list[Run]:
+    """Sinks at equal density, omitted blocks dropped or summarised."""
+    return [
+        Run(sink(*which, omitted), share)
+        for share in SHARES
+        for omitted in ("drop", "summary")
+        for which in SINKS
+    ]
+
+
+def selection(grid: Sizes) -> list[Run]:
+    """Which blocks: scores, priors, windows and block sizes, without a sink."""
+    no_sink = {"sink": None}
+    rules = [
+        Rule("own block first", OwnBlock, no_sink),
+        Rule("9 nearest first", partial(Nearest, grid=grid), no_sink),
+        Rule("sub-blocks", settings=no_sink, scores=sub_blocks),
+        Rule("sub-blocks, summaries", settings={**no_sink, "omitted": "summary"}, scores=sub_blocks),
+        Rule("compensation error, summaries", settings={**no_sink, "omitted": "summary"}, scores=compensation_error),
+        *(Rule(f"window {'x'.join(map(str, w))}", settings={**no_sink, "window": w}) for w in WINDOWS),
+        Rule("blocks of 64", settings={**no_sink, "block": 64}),
+        Rule("blocks of 64, summaries", settings={**no_sink, "block": 64, "omitted": "summary"}),
+    ]
+    return [Run(rule, share) for share in (0.8, 0.9) for rule in rules]
+
+
+WINDOWS = ((1, 8, 16), (2, 8, 8), (4, 4, 8), (8, 4, 4))
+
+
+def masses(grid: Sizes) -> list[Run]:
+    """Shares of the mass instead of numbers of blocks."""
+    no_sink = {"sink": None}
+    top_p = [Rule(f"top-p {mass}", lambda share, mass=mass: TopP(mass), no_sink) for mass in (0.3, 0.5, 0.7, 0.85)]
+    hybrid = [
+        Rule(f"hybrid {mass}", lambda share, mass=mass: Hybrid(share, mass), no_sink) for mass in (0.3, 0.5, 0.7)
+    ]
+    return [Run(rule, 0.95 if rule in hybrid else 0.0) for rule in (*top_p, *hybrid)]
+
+
+def schedule(grid: Sizes) -> list[Run]:
+    """Dense steps, of 30."""
+    return [
+        Run(OURS, share, steps, note=f"dense {steps[0]}+{steps[1]} of 30")
+        for share in (0.8, 0.9)
+        for steps in ((0, 0), (3, 0), (6, 0), (9, 0), (0, 3), (0, 6), (3, 3))
+    ]
+
+
+def budgets(grid: Sizes) -> list[Run]:
+    """Budgets a head by calibration, against one for all."""
+    runs = []
+    for which in (("first_frame", "rows and columns"), (None, "none")):
+        for omitted in ("drop", "summary"):
+            rule = sink(*which, omitted)
+            for share in SHARES:
+                runs.append(Run(rule, share, note="uniform", config={}))
+                runs.append(Run(rule, share, note="budgets", config={"calibrated": True}))
+    return runs
+
+
+def reuse(grid: Sizes) -> list[Run]:
+    """Masks that are used again, by age and by drift."""
+    rule = sink(None, "none", "drop")
+    settings: list[dict[str, Any]] = [{"refresh_every": every} for every in (1, 2, 4, 8)]
+    settings += [{"refresh_every": 8, "reuse_drift": drift} for drift in (0.05, 0.1, 0.2, 0.4)]
+    return [
+        Run(rule, 0.8, note=" ".join(f"{name} {value}" for name, value in config.items()), config=config)
+        for config in settings
+    ]
+
+
+def quick(grid: Sizes) -> list[Run]:
+    """A few runs for a CPU."""
+    best = sink(None, "none", "summary")
+    return [Run(rule, 0.8, picture=True) for rule in (PAPER, OURS, best, RANDOM)]
+
+
+GROUPS: dict[str, Callable[[Sizes], list[Run]]] = {
+    "headline": headline,
+    "sinks": sinks,
+    "selection": selection,
+    "masses": masses,
+    "schedule": schedule,
+    "budgets": budgets,
+    "reuse": reuse,
+    "quick": quick,
+}

@@ -1,0 +1,229 @@
+"""Head budgets: the share of block pairs that every head of a model skips, bound to the model they were solved for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rainfusion.core.checks import as_int, as_share, as_sizes, one_of, shown
+from rainfusion.core.errors import PolicyError
+from rainfusion.core.parts import SINKS, Sink
+from rainfusion.core.windows import Sizes
+
+_LONGEST_TEXT = 200
+_MOST_LAYERS = 4096
+_MOST_HEADS = 2**16
+_MOST_GRIDS = 64
+_MOST_MODELS = 16
+OMITTED = ("drop", "summary")
+
+
+class CalibrationError(PolicyError):
+    """A calibration, or head budgets, that is none, or was made for another model."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What errors were measured on, and budgets therefore hold for.
+
+    Args:
+        model: name of the model's class.
+        digest: SHA-256 of the model's configuration, in hexadecimal.
+        layers, heads: self-attention layers, and heads of each.
+        grids: grids of the sequences that were measured, such as ``"21x45x80"``.
+        block: tokens a block, (query, key).
+        window, sink, omitted: as in `RainFusionConfig`; sink always a tuple of names.
+
+    Raises:
+        CalibrationError: a value of another kind.
+    """
+
+    model: str
+    digest: str
+    layers: int
+    heads: int
+    grids: tuple[str, ...]
+    block: tuple[int, int]
+    window: Sizes | None
+    sink: tuple[str, ...]
+    omitted: str
+
+    def __post_init__(self) -> None:
+        for name in ("model", "digest", "omitted"):
+            as_text(getattr(self, name), name)
+        one_of(self.omitted, OMITTED, "omitted", CalibrationError)
+        for name, most in (("layers", _MOST_LAYERS), ("heads", _MOST_HEADS)):
+            if as_int(getattr(self, name), name, CalibrationError) > most:
+                raise CalibrationError(f"{name}={getattr(self, name)} is not allowed; at most {most}")
+        set_field(self, "grids", tuple(as_text(grid, "grids") for grid in as_list(self.grids, "grids", _MOST_GRIDS)))
+        set_field(self, "block", as_sizes(self.block, 2, "block", CalibrationError))
+        if self.window is not None:
+            set_field(self, "window", as_sizes(self.window, 3, "window", CalibrationError))
+        set_field(self, "sink", tuple(as_list(self.sink, "sink", len(SINKS))))
+        for name in self.sink:
+            one_of(name, SINKS[:-1], "sink", CalibrationError)
+
+    def objection(self, model: str, digest: str, layers: int) -> str:
+        """Why this is not the model that is bound; empty where it is."""
+        if model != self.model:
+            return f"they were made for {self.model}, and this is {model}"
+        if digest != self.digest:
+            return f"they were made for a {model} of another configuration ({self.digest[:12]}, not {digest[:12]})"
+        return "" if layers == self.layers else f"they were made for {self.layers} layers, and this model has {layers}"
+
+    def mismatch(self, block: int | tuple[int, int], window: Sizes | None, sink: Sink) -> str:
+        """Which settings of blocks are not those that are bound, and what to give instead; empty where all are."""
+        given = {"block": pair_of(block), "window": window, "sink": sinks_of(sink)}
+        wrong = [name for name, value in given.items() if value != getattr(self, name)]
+        said = ", ".join(f"{name}={getattr(self, name) or None!r}, not {given[name] or None!r}" for name in wrong)
+        return f"they were made with {said}; give what they were made with" if wrong else ""
+
+
+@dataclass(frozen=True)
+class ModelBudgets:
+    """The budgets of one model.
+
+    Args:
+        name: of the model in its pipeline, such as ``"transformer_2"``.
+        shares: of block pairs to skip, in [0, 1), ``[layers][heads]``.
+
+    Raises:
+        CalibrationError: shares out of range, or of another number than layers and heads.
+    """
+
+    name: str
+    binding: Binding
+    shares: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        as_text(self.name, "name")
+        if not isinstance(self.binding, Binding):
+            set_field(self, "binding", record_as(Binding, self.binding, "binding"))
+        layers = as_list(self.shares, "shares", self.binding.layers, self.binding.layers)
+        heads = self.binding.heads
+        set_field(self, "shares", tuple(_shares(as_list(layer, "shares", heads, heads)) for layer in layers))
+
+    @property
+    def sparsity(self) -> float:
+        """The mean share, over the heads of layers that are not dense."""
+        shares = [share for layer in self.shares if any(layer) for share in layer]
+        return sum(shares) / len(shares) if shares else 0.0
+
+
+@dataclass(frozen=True)
+class HeadBudgets:
+    """A share of block pairs to skip for every head of one model or of several, as `Calibration.budget` solves them.
+
+    Args:
+        models: the budgets of every model of a pipeline.
+        sparsity: the mean share that was asked for.
+        ranks: devices that carry equal work in every layer where heads are split in order.
+
+    Raises:
+        CalibrationError: no models, or two of one name.
+    """
+
+    models: tuple[ModelBudgets, ...]
+    sparsity: float
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        models = as_list(self.models, "models", _MOST_MODELS)
+        set_field(
+            self,
+            "models",
+            tuple(m if isinstance(m, ModelBudgets) else record_as(ModelBudgets, m, "models") for m in models),
+        )
+        check_names(model.name for model in self.models)
+        set_field(self, "sparsity", as_share(self.sparsity, "sparsity", CalibrationError, top=False))
+        set_field(self, "ranks", as_int(self.ranks, "ranks", CalibrationError))
+
+    def of(self, name: str) -> ModelBudgets:
+        """The budgets of a model by its name; those of the only model under any name.
+
+        Raises:
+            CalibrationError: there are several, and none has that name.
+        """
+        found = [model for model in self.models if model.name == name] or [*self.models]
+        if len(found) > 1:
+            names = ", ".join(model.name for model in self.models)
+            raise CalibrationError(
+                f"these are budgets of {names}, and none is of {shown(name)}; apply them to the pipeline, or calibrate "
+                "the model by itself"
+            )
+        return found[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The budgets as plain JSON values; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Any) -> HeadBudgets:
+        """The budgets that `to_dict` wrote; nothing in them is trusted.
+
+        Raises:
+            CalibrationError: anything else.
+        """
+        budgets: HeadBudgets = record_as(cls, record, "head budgets")
+        return budgets
+
+
+# -- checks that calibrations share --------------------------------------------------------------------
+
+
+def set_field(record: Any, name: str, value: Any) -> None:
+    """Give a frozen dataclass a field that was checked."""
+    object.__setattr__(record, name, value)
+
+
+def as_text(value: Any, name: str) -> str:
+    """A short text that can be shown."""
+    if not isinstance(value, str) or len(value) > _LONGEST_TEXT or not value.isprintable():
+        raise CalibrationError(f"{name}={shown(value)} is not a text of at most {_LONGEST_TEXT} letters")
+    return value
+
+
+def as_list(value: Any, name: str, most: int, least: int = 0) -> list[Any]:
+    """The items of a list or tuple of `least` to `most` of them."""
+    if not isinstance(value, list | tuple) or not least <= len(value) <= most:
+        allowed = str(most) if least == most else f"{least} to {most}"
+        given = f"has {len(value)} items" if isinstance(value, list | tuple) else f"is {shown(value)}"
+        raise CalibrationError(f"{name} {given}; give a list of {allowed}")
+    return list(value)
+
+
+def as_record(value: Any, name: str) -> dict[str, Any]:
+    """A mapping with names for keys."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise CalibrationError(f"{name}={shown(value)} is not an object with names")
+    return dict(value)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse no names, and a name that is there twice."""
+    listed = list(names)
+    if not listed or len({*listed}) < len(listed):
+        raise CalibrationError(f"models are named {shown(listed)}; give one or more, each under a name of its own")
+
+
+def pair_of(block: int | tuple[int, int]) -> tuple[int, int]:
+    """Tokens a block, (query, key)."""
+    return block if isinstance(block, tuple) else (block, block)
+
+
+def sinks_of(sink: Sink) -> tuple[str, ...]:
+    """The names of a sink."""
+    return (sink,) if isinstance(sink, str) else tuple(sink or ())
+
+
+def record_as(cls: type[Any], record: Any, name: str) -> Any:
+    """The dataclass whose fields a mapping gives by name."""
+    try:
+        return cls(**as_record(record, name))
+    except TypeError as error:  # names that it does not have, or lacks
+        raise CalibrationError(f"{name} cannot be read: {str(error)[:200]}") from None
+
+
+def _shares(values: list[Any]) -> tuple[float, ...]:
+    return tuple(as_share(value, "shares", CalibrationError, top=False) for value in values)
