@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from rainfusion.core.checks import LARGEST, as_int, one_of, shown
+from rainfusion.core.checks import LARGEST, as_int, as_number, one_of, shown
 from rainfusion.core.errors import PolicyError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.parts import Sink
@@ -49,7 +49,10 @@ class RainFusionConfig:
         dense_layers: layers that are always dense; negative numbers count from the last.
         block, window, sink, omitted: as in `rainfusion.attention`; window and sink apply to grids of several frames,
             unless the model's adapter says otherwise.
-        refresh_every: denoising steps that a block mask is used for; 1 selects anew at every step.
+        refresh_every: denoising steps that a block mask is used for at most; 1 selects anew at every step.
+        reuse_drift: a head's mask is used again only while the head has drifted no further than this since the mask was
+            made, as `rainfusion.integrations.drift` measures it: 0 for queries and keys that stay as they are, 0.1
+            where either changes by a tenth. None: age alone decides. Needs `refresh_every` above 1.
         share_masks: one mask for all contexts of a step ("cond" and "uncond"), made by the first.
         order: ``"auto"`` keeps tokens in window order through the whole model where the host knows how; ``"layer"``
             orders them in every layer.
@@ -75,6 +78,7 @@ class RainFusionConfig:
     sink: Sink = "first_frame"
     omitted: str = "drop"
     refresh_every: int = 1
+    reuse_drift: float | None = None
     share_masks: bool = False
     order: str = "auto"
     min_blocks: int | None = None
@@ -97,6 +101,7 @@ class RainFusionConfig:
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
                 self._set(name, as_int(value, name, ConfigError, minimum=least))
+        self._set("reuse_drift", _drift(self.reuse_drift, self.refresh_every))
         for name in ("share_masks", "timed"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={shown(getattr(self, name))} is neither True nor False")
@@ -258,6 +263,20 @@ def _pair(value: Any) -> tuple[int, int]:
         raise ConfigError(f"dense_steps={shown(value)} is not (steps at the start, steps at the end)")
     first, last = (as_int(item, "dense_steps", ConfigError, minimum=0) for item in value)
     return first, last
+
+
+def _drift(value: Any, refresh_every: int) -> float | None:
+    if value is None:
+        return None
+    drift = as_number(value, "reuse_drift", ConfigError, "a number from 0, or None")
+    if drift < 0:
+        raise ConfigError(f"reuse_drift={shown(value)} is below 0; give a number from 0, or None")
+    if refresh_every == 1:
+        raise ConfigError(
+            f"reuse_drift={shown(value)} has no effect with refresh_every=1, which selects anew at every step; give "
+            "refresh_every=8, for example, or leave reuse_drift out"
+        )
+    return drift
 
 
 def _layers(value: Any) -> tuple[int, ...]:

@@ -6,26 +6,26 @@ layer (`Engine.attend`) with a function that is the host's own dense attention.
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple
 
 import rainfusion
 from rainfusion.core.arrays import array_facts, moved
 from rainfusion.core.errors import LayoutError
 from rainfusion.core.layout import TokenLayout
-from rainfusion.core.mask import BlockMask, PackedMask
 from rainfusion.core.parts import Grid, Part, Sink, Text
 from rainfusion.core.policies import TopK
 from rainfusion.core.problem import AttentionProblem
 from rainfusion.core.windows import Sizes
 from rainfusion.dispatch import LruDict
+from rainfusion.integrations.call import Assessment, Call, Probe
 from rainfusion.integrations.clock import Clock, Moment, Reading
 from rainfusion.integrations.config import RainFusionConfig, Share
+from rainfusion.integrations.device_reads import stopwatch
 from rainfusion.integrations.report import DENSE, REUSED, SKIPPED, SPARSE, Log, Row
+from rainfusion.integrations.reuse import Masks
 from rainfusion.integrations.schedule import Schedule
 from rainfusion.plugins import manager as plugins
 
@@ -65,61 +65,6 @@ class Forward(NamedTuple):
     called: dict[int, int]
 
 
-@dataclass(frozen=True)
-class Assessment:
-    """What planning says of a call.
-
-    Attributes:
-        why_dense: why it stays dense; empty where it is to be sparse.
-        density: share of block pairs attended.
-        budget: the argument of `rainfusion.attention` that asks for it. Shares a head become quotas on the device of
-            the call, so that layers with different shares have one plan.
-        is_reached: whether as much is skipped as was asked for.
-    """
-
-    why_dense: str
-    density: float | None
-    budget: Mapping[str, Any]
-    is_reached: bool = True
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call that the schedule makes sparse, as a probe sees it.
-
-    Attributes:
-        layer, moment: where it happens.
-        heads: of the queries.
-        layout: of the sequence; its tokens are in block order where `order` is ``"given"``.
-        kv_lengths: as in `rainfusion.attention`.
-        dense: the host's own attention.
-        sparse: sparse attention with these shares to skip.
-        is_reached: whether as much as this share can be skipped.
-    """
-
-    layer: int
-    moment: Moment
-    heads: int
-    layout: TokenLayout
-    order: str
-    kv_lengths: Array
-    dense: Callable[[], Array]
-    sparse: Callable[[Share], Array]
-    is_reached: Callable[[Share], bool]
-
-
-Probe = Callable[[Call], Array]
-"""Gives the result of a call in the engine's place."""
-
-
-class Kept(NamedTuple):
-    """A mask, and when it was made."""
-
-    step: int
-    context: str
-    mask: PackedMask
-
-
 class Engine:
     """Sparse attention for the layers of one model.
 
@@ -146,7 +91,7 @@ class Engine:
             plugins.host().backend(config.backend)  # refuses one that is not there
         self.probe: Probe | None = None
         self._forward: Forward | None = None
-        self._masks: dict[tuple[Any, ...], Kept] = {}
+        self._masks = Masks(config)
         self._run = -1
         self._unnamed = (-1, 0)
         self._assessed: LruDict[Assessment] = LruDict(256)
@@ -256,46 +201,36 @@ class Engine:
             parts = settled(described, q.shape[1], self.config.sink)
             assessed = self._assess(q, k, v, parts, share, scale, forward.order)
             if not (why := assessed.why_dense):
+                settings = self._settings(forward, parts, scale=scale, kv_lengths=kv_lengths)
+                assess = partial(self._assess, q, k, v, parts, scale=scale, order=forward.order)
+                call = Call(self._place(forward, layer), forward.moment, q, k, v, share, settings, dense, assess)
                 if self.probe is not None:
-                    return self.probe(self._call(layer, q, k, v, forward, parts, dense, scale, kv_lengths))
-                return self._sparse(
-                    layer, q, k, v, forward, parts, share, assessed, stop, scale=scale, kv_lengths=kv_lengths
-                )
+                    return self.probe(call)
+                out, reused = self._sparse(call, assessed)
+                kind = REUSED if reused else SPARSE
+                self._note(forward.moment, layer, kind, "", assessed.density, stop(), reused)
+                return out
         out = dense()
         self._note(forward.moment, layer, DENSE, why, 1.0, stop())
         return out
 
     # -- a sparse call -------------------------------------------------------------------------------
 
-    def _sparse(
-        self,
-        layer: int,
-        q: Array,
-        k: Array,
-        v: Array,
-        forward: Forward,
-        parts: tuple[Part, ...],
-        share: Share,
-        assessed: Assessment,
-        stop: Callable[[], Callable[[], float] | None],
-        **operands: Any,
-    ) -> Array:
-        config, moment, density = self.config, forward.moment, assessed.density
-        settings = self._settings(forward, parts, **operands)
-        if config.refresh_every == 1 and not config.share_masks:
-            out = rainfusion.attention(q, k, v, **assessed.budget, **settings)
-            self._note(moment, layer, SPARSE, "", density, stop())
-            return out
-        place = (self._place(forward, layer), parts, share, forward.order, *map(array_facts, (q, k)))
-        mask = self._kept_mask(place, moment)
-        if mask is not None:
-            out = rainfusion.attention(q, k, v, mask=mask, **settings)
-            self._note(moment, layer, REUSED, "", density, stop())
-            return out
-        out, made = rainfusion.attention(q, k, v, **assessed.budget, return_mask=True, **settings)
-        self._masks[place] = Kept(moment.step, moment.context, made.packed())
-        self._note(moment, layer, SPARSE, "", density, stop())
-        return out
+    def _sparse(self, call: Call, assessed: Assessment) -> tuple[Array, float]:
+        """The output, and the share of heads that used an earlier call's mask."""
+        if self.config.refresh_every == 1 and not self.config.share_masks:
+            return rainfusion.attention(call.q, call.k, call.v, **assessed.budget, **call.settings), 0.0
+        kept = self._masks.at(call.fit, call.heads)
+        means = self._masks.means(call.q, call.k, assessed.layout, call.order)
+        stale = kept.stale(call.moment, means)
+        if len(stale) == call.heads:
+            budget = {**assessed.budget, "return_mask": True}
+            out, made = rainfusion.attention(call.q, call.k, call.v, **budget, **call.settings)
+            kept.put(stale, made, call.moment, means)
+            return out, 0.0
+        if stale:
+            kept.put(stale, call.select(stale), call.moment, means)
+        return call.masked(kept.mask), 1 - len(stale) / call.heads
 
     def _settings(self, forward: Forward, parts: tuple[Part, ...], **operands: Any) -> dict[str, Any]:
         """What a call of `rainfusion.attention` says beside its tensors and its budget."""
@@ -311,53 +246,9 @@ class Engine:
             **operands,
         }
 
-    def _call(
-        self,
-        layer: int,
-        q: Array,
-        k: Array,
-        v: Array,
-        forward: Forward,
-        parts: tuple[Part, ...],
-        dense: Callable[[], Array],
-        scale: float | None,
-        kv_lengths: Array,
-    ) -> Call:
-        """A call as a probe sees it; a share for all heads is one a head, so that all shares have one plan."""
-        heads = q.shape[2]
-        settings = self._settings(forward, parts, scale=scale, kv_lengths=kv_lengths)
-
-        def assessed(share: Share) -> Assessment:
-            by_head = share if isinstance(share, tuple) else (share,) * heads
-            return self._assess(q, k, v, parts, by_head, scale, forward.order)
-
-        def sparse(share: Share) -> Array:
-            return rainfusion.attention(q, k, v, **assessed(share).budget, **settings)
-
-        return Call(
-            layer,
-            forward.moment,
-            heads,
-            layout_of(parts, self.config),
-            forward.order,
-            kv_lengths,
-            dense,
-            sparse,
-            lambda share: assessed(share).is_reached,
-        )
-
     def _place(self, forward: Forward, layer: int) -> tuple[str, int, int]:
         """Where a mask is kept: a layer may be called several times a forward, once a sample for example."""
         return ("" if self.config.share_masks else forward.moment.context, layer, forward.called[layer])
-
-    def _kept_mask(self, place: tuple[Any, ...], moment: Moment) -> BlockMask | None:
-        """The mask that an earlier call like this one made, where it is young enough."""
-        kept = self._masks.get(place)
-        if kept is None or moment.step - kept.step >= self.config.refresh_every:
-            return None
-        if moment.step == kept.step and moment.context == kept.context:
-            return None  # a step that begins again, or another forward of it, which the host did not tell apart
-        return kept.mask.unpacked()
 
     # -- what planning says --------------------------------------------------------------------------
 
@@ -381,13 +272,15 @@ class Engine:
         budget = {"quotas": moved(plan.quotas(policy), q)} if by_head else {"sparsity": share}
         fewest = FEWEST_BLOCKS if config.min_blocks is None else config.min_blocks
         if plan.q_axis.free_blocks < fewest:
-            return Assessment(f"small: {plan.q_axis.free_blocks} free blocks, under {fewest}", None, budget)
+            return Assessment(f"small: {plan.q_axis.free_blocks} free blocks, under {fewest}", None, layout, budget)
         if config.min_blocks is None:
             candidate = rainfusion.choose(plan, like=q, backend=config.backend).candidate
             if candidate.speedup is not None and candidate.speedup < 1:
-                return Assessment(f"small: {candidate} estimates {candidate.speedup:.2f} times dense", None, budget)
+                return Assessment(
+                    f"small: {candidate} estimates {candidate.speedup:.2f} times dense", None, layout, budget
+                )
         skipped = 0.0 if plan.density is None else 1 - plan.density
-        return Assessment("", plan.density, budget, not policy.unreached(plan.q_axis, plan.kv_axis, skipped))
+        return Assessment("", plan.density, layout, budget, not policy.unreached(plan.q_axis, plan.kv_axis, skipped))
 
     # -- the report ----------------------------------------------------------------------------------
 
@@ -399,8 +292,10 @@ class Engine:
         why: str,
         density: float | None = None,
         read_ms: Callable[[], float] | None = None,
+        reused: float = 0.0,
     ) -> None:
-        self.log.add(Row(self.name, moment.run, moment.step, moment.context, layer, kind, why, density), read_ms)
+        when = (moment.run, moment.step, moment.context)
+        self.log.add(Row(self.name, *when, layer, kind, why, density, reused=reused), read_ms)
 
     def _stopwatch(self, like: Array) -> Callable[[], Callable[[], float] | None]:
         return stopwatch(like) if self.config.timed else _no_time
@@ -441,33 +336,3 @@ def _settled(part: Part | Rest, left: int, sink: Sink) -> Part:
 
 def _no_time() -> None:
     return None
-
-
-def stopwatch(like: Array) -> Callable[[], Callable[[], float]]:
-    """Starts to measure; the function it returns stops, and what that returns gives the milliseconds.
-
-    On a CUDA device by events on its stream, which cost no wait until the time is read.
-    """
-    torch = sys.modules.get("torch")
-    if torch is None or getattr(getattr(like, "device", None), "type", "cpu") != "cuda":
-        start = time.perf_counter()
-
-        def stop() -> Callable[[], float]:
-            ms = 1e3 * (time.perf_counter() - start)
-            return lambda: ms
-
-        return stop
-    begun = torch.cuda.Event(enable_timing=True)
-    begun.record()
-
-    def stop_event() -> Callable[[], float]:
-        ended = torch.cuda.Event(enable_timing=True)
-        ended.record()
-
-        def read() -> float:
-            ended.synchronize()
-            return float(begun.elapsed_time(ended))
-
-        return read
-
-    return stop_event

@@ -14,7 +14,7 @@ from array_api_compat import device as device_of
 from rainfusion.core.arrays import namespace
 from rainfusion.core.errors import LayoutError
 from rainfusion.core.parts import Grid
-from rainfusion.integrations.engine import Call
+from rainfusion.integrations.call import Call
 from rainfusion.integrations.head_budgets import CalibrationError
 
 Array = Any

@@ -30,11 +30,12 @@ class Row(NamedTuple):
     Attributes:
         model: name of the model in its pipeline.
         run, step, context, layer: where it happened; runs, steps and layers from 0.
-        kind: ``"sparse"``; ``"reused"``, sparse by an earlier step's mask; ``"dense"``; ``"skipped"`` where the
-            host did not call the layer, as caches do.
+        kind: ``"sparse"``; ``"reused"``, sparse by masks of an earlier call, in some heads at least; ``"dense"``;
+            ``"skipped"`` where the host did not call the layer, as caches do.
         why: in words, what made it dense.
         density: share of block pairs attended; None where only the data can tell.
         ms: milliseconds of the call, where they were asked for.
+        reused: share of the heads that used the mask of an earlier call.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     why: str = ""
     density: float | None = None
     ms: float | None = None
+    reused: float = 0.0
 
 
 class Log:
@@ -93,6 +95,11 @@ class Report:
         known = [row.density for row in self.rows if row.density is not None and row.kind != SKIPPED]
         return sum(known) / len(known) if known else None
 
+    @property
+    def reused(self) -> float | None:
+        """Share of the heads' masks that were used again, over all sparse calls; None where there were none."""
+        return _mean_reused(self.rows)
+
     def count(self, **where: Any) -> int:
         """How many rows there are, such as ``report.count(kind="sparse", step=3)``."""
         return sum(all(getattr(row, name) == value for name, value in where.items()) for row in self.rows)
@@ -131,12 +138,15 @@ class Report:
         from rich.table import Table
 
         table = Table(title=self._title(), title_justify="left", box=None, pad_edge=False)
-        timed = any(row.ms is not None for row in self.rows)
-        for name in ("model", "run", "context", "steps", "layers", "density", "why dense", *(["ms"] * timed)):
-            table.add_column(name, justify="right" if name in ("density", "ms") else "left")
+        timed, reuses = any(row.ms is not None for row in self.rows), bool(self.reused)
+        more = [*(["reused"] * reuses), *(["ms"] * timed)]
+        for name in ("model", "run", "context", "steps", "layers", "density", "why dense", *more):
+            table.add_column(name, justify="right" if name in ("density", *more) else "left")
         for group in _alike(self.rows):
-            ms = sum(row.ms or 0 for rows in group.steps.values() for row in rows) / len(group.steps)
-            table.add_row(*map(escape, group.cells()), *([f"{ms:.2f}"] * timed))
+            rows = [row for of_step in group.steps.values() for row in of_step]
+            reused, ms = _mean_reused(rows), sum(row.ms or 0 for row in rows) / len(group.steps)
+            share = "" if reused is None else f"{reused:.0%}"
+            table.add_row(*map(escape, group.cells()), *([share] * reuses), *([f"{ms:.2f}"] * timed))
         return table
 
     def _title(self) -> str:
@@ -145,7 +155,8 @@ class Report:
         kinds = Counter(row.kind for row in self.rows)
         said = ", ".join(f"{kinds[kind]} {kind}" for kind in (SPARSE, REUSED, DENSE, SKIPPED) if kinds[kind])
         density = "" if self.density is None else f"; density {self.density:.3f}"
-        return f"{len(self.rows)} attention calls: {said}{density}" + (
+        reused = f"; {self.reused:.0%} of the heads' masks used again" if self.reused else ""
+        return f"{len(self.rows)} attention calls: {said}{density}{reused}" + (
             f"; {self.lost} older not kept" if self.lost else ""
         )
 
@@ -170,6 +181,11 @@ class Report:
         draw(self, path)
 
 
+def _mean_reused(rows: Iterable[Row]) -> float | None:
+    shares = [row.reused for row in rows if row.kind in (SPARSE, REUSED)]
+    return sum(shares) / len(shares) if shares else None
+
+
 def _row(record: dict[str, Any], layers: dict[str, int]) -> Row:
     """A row of a file, checked: what draws and counts rows reads them as they are."""
     row = Row(**record)
@@ -181,7 +197,8 @@ def _row(record: dict[str, Any], layers: dict[str, int]) -> Row:
         raise ValueError(f"a row of layer {row.layer}; {shown(row.model)} has {layers[row.model]}")
     density = None if row.density is None else as_share(row.density, "density", ReportFormatError, top=True)
     ms = None if row.ms is None else as_number(row.ms, "ms", ReportFormatError, "milliseconds")
-    return row._replace(density=density, ms=ms)
+    reused = as_share(row.reused, "reused", ReportFormatError, top=True)
+    return row._replace(density=density, ms=ms, reused=reused)
 
 
 def _text(value: Any) -> str:

@@ -17,8 +17,12 @@ from rainfusion.integrations.config import ConfigError, RainFusionConfig
 share = st.floats(0, 1, exclude_max=True)
 shares = share | st.lists(share, min_size=1, max_size=4).map(tuple)
 by_layer = shares | st.dictionaries(st.integers(0, 60), shares, max_size=4)
+reuse = st.integers(1, 9).flatmap(
+    lambda every: st.tuples(st.just(every), st.none() | st.floats(0, 9) if every > 1 else st.none())
+)
 configs = st.builds(
-    RainFusionConfig,
+    lambda reuse, **settings: RainFusionConfig(refresh_every=reuse[0], reuse_drift=reuse[1], **settings),
+    reuse=reuse,
     sparsity=by_layer,
     sparsity_from_step=st.dictionaries(st.integers(0, 60), by_layer, max_size=3),
     dense_steps=st.tuples(st.integers(0, 60), st.integers(0, 60)),
@@ -28,7 +32,6 @@ configs = st.builds(
     window=st.none() | st.just((2, 8, 8)),
     sink=st.sampled_from([None, "first_frame", "last_frame_keys", ("first_frame", "last_frame")]),
     omitted=st.sampled_from(["drop", "summary"]),
-    refresh_every=st.integers(1, 9),
     share_masks=st.booleans(),
     order=st.sampled_from(["auto", "layer"]),
     min_blocks=st.none() | st.integers(0, 99),
@@ -104,6 +107,11 @@ REFUSED = [
     ({"num_steps": True}, "num_steps=True is not"),
     ({"refresh_every": 0}, "refresh_every=0 is not"),
     ({"refresh_every": None}, "refresh_every=None is not"),
+    ({"refresh_every": 2, "reuse_drift": -0.1}, "reuse_drift=-0.1 is below 0; give a number from 0, or None"),
+    ({"refresh_every": 2, "reuse_drift": float("nan")}, "reuse_drift=nan is not a finite number"),
+    ({"refresh_every": 2, "reuse_drift": True}, "reuse_drift=True is not a finite number"),
+    ({"refresh_every": 2, "reuse_drift": "0.1"}, "reuse_drift='0.1' is not a finite number"),
+    ({"reuse_drift": 0.1}, "reuse_drift=0.1 has no effect with refresh_every=1, .*; give refresh_every=8"),
     ({"min_blocks": -1}, "min_blocks=-1 is not"),
     ({"report_rows": -1}, "report_rows=-1 is not"),
     ({"report_rows": 2.5}, "report_rows=2.5 is not"),

@@ -76,6 +76,26 @@ def test_json_both_ways(ms):
     assert Report.from_json(made.to_json()) == made
 
 
+def test_reports_without_the_share_that_was_used_again_are_read():
+    record = json.loads(report().to_json())
+    record["columns"].remove("reused")
+    record["rows"] = [row[:-1] for row in record["rows"]]
+    assert Report.from_json(json.dumps(record)) == report()
+    record["columns"].append("reused")
+    record["rows"] = [[*row, 1.5] for row in record["rows"]]
+    with pytest.raises(ReportFormatError, match=r"reused=1\.5 is out of range"):
+        Report.from_json(json.dumps(record))
+
+
+def test_the_share_of_masks_used_again_is_of_sparse_calls():
+    made = report((*rows(), Row("transformer", 0, 3, "cond", 0, "reused", reused=0.7)))
+    assert made.reused == pytest.approx(0.7 / 7)
+    assert report().reused == 0
+    assert report(rows(steps=1)).reused is None
+    assert "10% of the heads' masks used again" in str(made)
+    assert "reused" not in str(report())
+
+
 def test_the_table_puts_equal_steps_together():
     """One run of two models, which the second of them ends."""
     lines = str(report(rows(steps=2) + rows("transformer_2", steps=6, contexts=[""])[4:])).splitlines()

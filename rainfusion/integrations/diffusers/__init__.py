@@ -25,6 +25,8 @@ from rainfusion.integrations.diffusers.adapter import (  # noqa: E402
 )
 from rainfusion.integrations.diffusers.apply import Handle, apply_rainfusion, remove_rainfusion  # noqa: E402
 from rainfusion.integrations.diffusers.calibrate import calibrate  # noqa: E402
+from rainfusion.integrations.diffusers.drift import measure_drift  # noqa: E402
+from rainfusion.integrations.drift_table import DriftRow, drift_threshold  # noqa: E402
 from rainfusion.integrations.head_budgets import CalibrationError, HeadBudgets  # noqa: E402
 from rainfusion.integrations.report import Report, Row  # noqa: E402
 
@@ -34,6 +36,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "ConfigError",
+    "DriftRow",
     "Grid",
     "Handle",
     "HeadBudgets",
@@ -47,6 +50,8 @@ __all__ = [
     "UnknownModelError",
     "apply_rainfusion",
     "calibrate",
+    "drift_threshold",
+    "measure_drift",
     "register_adapter",
     "remove_rainfusion",
 ]

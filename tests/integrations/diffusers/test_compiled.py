@@ -68,6 +68,17 @@ def test_blocks_as_whole_graphs(graphs, when):
         close(run(pipe, 2), run(wan_pipeline(), 2))
 
 
+def test_drift_is_read_when_the_graph_runs(graphs):
+    config = settings(refresh_every=9, reuse_drift=0.6)
+    eager, pipe = wan_pipeline(), wan_pipeline()
+    expected, handle = (apply_rainfusion(one, config) for one in (eager, pipe))
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=graphs)
+    close(run(pipe, 5), run(eager, 5))
+    assert graphs.frame_count == 1
+    assert [row.reused for row in handle.report().rows] == [row.reused for row in expected.report().rows]
+    assert 0 < handle.report().reused < 0.8
+
+
 def test_sizes_do_not_multiply_graphs(graphs):
     model = wan()
     apply_rainfusion(model, settings())
