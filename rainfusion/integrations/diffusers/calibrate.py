@@ -321,8 +321,8 @@ def _warn_of(table: ErrorTable, tried: Sequence[float]) -> None:
     if left_out := [share for share in tried if share not in table.shares]:
         warnings.warn(
             f"{table.name}: what every row keeps leaves no room for shares of "
-            f"{', '.join(f'{s:g}' for s in left_out)}, which were left out; sink='first_frame_keys' or None, or smaller "
-            "blocks, leave more",
+            f"{', '.join(f'{s:g}' for s in left_out)}, which were left out; sink='first_frame_keys' or None, or "
+            "smaller blocks, leave more",
             RainfusionWarning,
             stacklevel=3,
         )
