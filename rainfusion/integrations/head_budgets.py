@@ -140,19 +140,25 @@ class HeadBudgets:
         set_field(self, "ranks", as_int(self.ranks, "ranks", CalibrationError))
 
     def of(self, name: str) -> ModelBudgets:
-        """The budgets of a model by its name; those of the only model under any name.
+        """The budgets of a model by its name.
+
+        Budgets of one model alone also serve where it, or they, have the name of the class instead of one in a
+        pipeline.
 
         Raises:
-            CalibrationError: there are several, and none has that name.
+            CalibrationError: none has that name.
         """
-        found = [model for model in self.models if model.name == name] or [*self.models]
-        if len(found) > 1:
-            names = ", ".join(model.name for model in self.models)
-            raise CalibrationError(
-                f"these are budgets of {names}, and none is of {shown(name)}; apply them to the pipeline, or calibrate "
-                "the model by itself"
-            )
-        return found[0]
+        for model in self.models:
+            if name == model.name:
+                return model
+        only = self.models[0]
+        if len(self.models) == 1 and (name.startswith(only.binding.model) or only.name.startswith(only.binding.model)):
+            return only
+        names = ", ".join(model.name for model in self.models)
+        raise CalibrationError(
+            f"these are budgets of {names}, and none is of {shown(name)}; apply them to the pipeline they were made "
+            "with, or calibrate this model"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The budgets as plain JSON values; `from_dict` reads them back."""

@@ -274,10 +274,10 @@ def test_a_configuration_takes_a_calibration_or_budgets_and_is_json_both_ways():
 
 def test_a_models_own_configuration_has_its_shares():
     budgets = calibration().budget()
-    own = config(sparsity=budgets, sparsity_from_step={4: 0.9}).for_model("any", "Model", "abc", LAYERS)
+    own = config(sparsity=budgets, sparsity_from_step={4: 0.9}).for_model("Model", "Model", "abc", LAYERS)
     assert own == config(sparsity={0: (0.75, 0.25), 1: (0.75, 0.25)}, sparsity_from_step={4: 0.9})
-    assert config().for_model("any", "Other", "", 99) == config()
-    stepped = config(sparsity_from_step={4: budgets}).for_model("any", "Model", "abc", LAYERS)
+    assert config().for_model("Model", "Other", "", 99) == config()
+    stepped = config(sparsity_from_step={4: budgets}).for_model("Model", "Model", "abc", LAYERS)
     assert stepped.sparsity_from_step[4] == own.sparsity
 
 
@@ -287,7 +287,7 @@ def test_a_models_own_configuration_has_its_shares():
         (
             ("Other", "abc", LAYERS),
             {},
-            "in sparsity do not fit any: they were made for Model, and this is Other; calib",
+            "in sparsity do not fit Model: they were made for Model, and this is Other; calib",
         ),
         (("Model", "xyz", LAYERS), {}, r"for a Model of another configuration \(abc, not xyz\)"),
         (("Model", "abc", 3), {}, "they were made for 2 layers, and this model has 3"),
@@ -298,7 +298,7 @@ def test_a_models_own_configuration_has_its_shares():
 )
 def test_another_model_or_other_blocks_are_refused(identity, other, said):
     with pytest.raises(ConfigError, match=said):
-        config(sparsity=calibration(), **other).for_model("any", *identity)
+        config(sparsity=calibration(), **other).for_model("Model", *identity)
 
 
 def test_an_unknown_name_among_several_models_is_refused():
@@ -306,9 +306,28 @@ def test_an_unknown_name_among_several_models_is_refused():
     own = config(sparsity=two).for_model("transformer_2", "Model", "abc", LAYERS)
     assert own.sparsity[0] == (0.75, 0.25)
     with pytest.raises(
-        ConfigError, match="budgets of transformer, transformer_2, and none is of 'Model'; apply them to"
+        ConfigError, match="budgets of transformer, transformer_2, and none is of 'Model'; apply them to the pipeline"
     ):
         config(sparsity=two).for_model("Model", "Model", "abc", LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("measured", "asked", "fits"),
+    [
+        ("transformer", "transformer", True),
+        ("transformer", "Model", True),
+        ("transformer", "Model 1", True),
+        ("Model", "transformer", True),
+        ("transformer_2", "transformer", False),
+    ],
+)
+def test_one_models_budgets_serve_under_the_name_of_its_class(measured, asked, fits):
+    budgets = Calibration((table(measured),), 0.5).budget()
+    if fits:
+        assert budgets.of(asked) is budgets.models[0]
+    else:
+        with pytest.raises(CalibrationError, match="budgets of transformer_2, and none is of 'transformer'"):
+            budgets.of(asked)
 
 
 def test_a_schedule_does_not_take_budgets_of_no_model():

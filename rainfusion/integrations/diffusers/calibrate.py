@@ -149,8 +149,8 @@ class _Study:
             whys = {row.why for row in handle.report().rows if row.model == engine.name and row.why}
             said = f"its calls were dense: {', '.join(sorted(whys))[:200]}" if whys else "it was not called"
             raise CalibrationError(
-                f"nothing was measured of {engine.name}: {said}. Run it with a configuration under which it is sparse; "
-                "min_blocks=0 in the configuration forces short sequences, every=1 measures every step"
+                f"nothing was measured of {engine.name}: {said}. Configure fewer dense steps, every=1 to measure every "
+                "step, or min_blocks=0 for short sequences; or give the other models alone, and run=function"
             )
         kept = tuple(share for share in shares if share not in errors.unreached)
         binding = Binding(
