@@ -109,12 +109,13 @@ def with_a_tiny_calibration(text: str, names: dict[str, Any]) -> str:
     def denoise(model: Any, seed: int) -> None:
         random = torch.Generator().manual_seed(seed)
         latents, prompt = (torch.randn(*shape, generator=random) for shape in ((1, 4, 5, 16, 16), (1, 7, 16)))
-        model(latents, torch.tensor([500]), prompt)
+        for step in (900, 500):
+            model(latents, torch.tensor([step]), prompt)
 
     names["denoise"] = denoise
     for asked, given in (
         ('RainFusionConfig(sink="first_frame_keys", dense_steps=(10, 0))', "tiny"),
-        ("run=sample, sparsity=0.8", "run=sample, config=tiny, sparsity=0.5"),
+        ("run=sample, sparsity=0.8", "run=sample, config=tiny, every=1, sparsity=0.5"),
         ("prompts, sparsity=0.8", "prompts, every=1, sparsity=0.5"),
     ):
         assert asked in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.engine import Engine
 from rainfusion.integrations.head_budgets import Binding, CalibrationError, HeadBudgets, ModelBudgets
 from rainfusion.integrations.measure import Budgeted, HeadErrors, OneLayer, squares
+from rainfusion.integrations.progress import Bar
 from rainfusion.integrations.report import Log
 from rainfusion.integrations.schedule import Schedule
 
@@ -234,7 +236,7 @@ def test_layers_that_were_dense_stay_dense():
     made = replace(one, errors=(None, one.errors[1]))
     budgets = made.budget(0.5, 1)
     assert budgets.shares == ((0.0, 0.0), (0.75, 0.25))
-    assert budgets.sparsity == 0.5
+    assert budgets.sparsity == 0.25  # the dense layer counted in
     assert made.uniform(0.5) == ((0.0, 0.0), (0.5, 0.5))
 
 
@@ -287,10 +289,10 @@ def test_a_models_own_configuration_has_its_shares():
         (
             ("Other", "abc", LAYERS),
             {},
-            "in sparsity do not fit Model: they were made for Model, and this is Other; calib",
+            "in sparsity do not fit Model: this is Other, and they were made for Model; calibrate this one",
         ),
         (("Model", "xyz", LAYERS), {}, r"for a Model of another configuration \(abc, not xyz\)"),
-        (("Model", "abc", 3), {}, "they were made for 2 layers, and this model has 3"),
+        (("Model", "abc", 3), {}, "this model has 3 layers, and they were made for 2"),
         (("Model", "abc", LAYERS), {"block": 32}, r"block=\(16, 16\), not \(32, 32\); give what"),
         (("Model", "abc", LAYERS), {"sink": "first_frame"}, r"sink=None, not \('first_frame',\)"),
         (("Model", "abc", LAYERS), {"window": (1, 4, 4)}, r"window=None, not \(1, 4, 4\)"),
@@ -414,8 +416,8 @@ WRONG = [
     ((*TABLE, "checked"), 3, "checked=3 is not an object"),
     ((*TABLE, "calls"), -3, "calls=-3 is not allowed"),
     ((*TABLE, "binding"), None, "binding=None is not an object"),
-    ((*TABLE, "binding", "layers"), 10**6, "layers=1000000 is not allowed; at most 4096"),
-    ((*TABLE, "binding", "heads"), 10**6, "heads=1000000 is not allowed; at most 65536"),
+    ((*TABLE, "binding", "layers"), 0, "layers=0 is not allowed"),
+    ((*TABLE, "binding", "heads"), 10**6, "2 layers of 1000000 heads are more than 262144 heads in all"),
     ((*TABLE, "binding", "digest"), "x" * 300, "digest=.*is not a text of at most 200"),
     ((*TABLE, "binding", "sink"), ["middle"], "sink='middle' is not known"),
     ((*TABLE, "binding", "block"), [16], r"block=\[16\] is not a tuple of 2"),
@@ -466,4 +468,27 @@ def test_a_table_and_words():
         "0.5, 4 forwards: 0.2 with one share, 0.1 with budgets, 0.500 times"
     )
     assert "not checked" in calibration().said()
-    assert made.summary()["models"]["model"]["checked"]["budgets"] == 0.1
+    facts = made.summary()["models"]["model"]
+    assert facts["checked"]["budgets"] == 0.1
+    assert 0 < facts["predicted"]["budgets"] < facts["predicted"]["uniform"]
+
+
+def test_a_bar_without_rich_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with pytest.raises(ConfigError, match="needs rich: pip install rich, or give progress=False"):
+        Bar(True)
+    with Bar(False) as bar:
+        bar.begin("nothing", 3)
+        bar.at(1)
+        bar.advance()
+
+
+def test_a_bar_shows_one_stage_at_a_time(capsys):
+    with Bar(True) as bar:
+        bar.begin("first", 2)
+        bar.at(1)
+        bar.begin("second", 2)
+        bar.advance()
+        bar.advance()
+    assert "second" in (shown := capsys.readouterr().err)
+    assert "first" not in shown.splitlines()[-1]

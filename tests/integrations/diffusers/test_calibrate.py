@@ -156,7 +156,7 @@ def test_layers_that_are_dense_by_configuration_have_no_errors():
     assert found.tables[0].errors[0] is None
     budgets = found.budget().models[0]
     assert budgets.shares[0] == (0.0, 0.0)
-    assert budgets.sparsity == pytest.approx(0.5)
+    assert budgets.sparsity == pytest.approx(0.5 * (LAYERS - 1) / LAYERS)
 
 
 def test_text_prompts_are_given_to_the_pipeline():
