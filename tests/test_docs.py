@@ -20,7 +20,14 @@ import rainfusion
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
-EXAMPLES = ["README.md", "docs/plan.md", "docs/policies.md", "docs/layouts.md", "docs/writing_a_backend.md"]
+EXAMPLES = [
+    "README.md",
+    "docs/calibration.md",
+    "docs/plan.md",
+    "docs/policies.md",
+    "docs/layouts.md",
+    "docs/writing_a_backend.md",
+]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 PROBLEM = rainfusion.AttentionProblem(1, 40, 75600, 75600, 128, "bfloat16")
 LAYOUT = rainfusion.TokenLayout((21, 45, 80))
@@ -63,9 +70,14 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.mark.parametrize("page", EXAMPLES)
-def test_examples_run_and_print_what_the_page_says(page: str, module: ModuleType) -> None:
+def test_examples_run_and_print_what_the_page_says(
+    page: str, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)  # for the files that examples write
     text = text_of(page)
+    if page == "docs/calibration.md":
+        text = with_a_tiny_calibration(with_a_tiny_pipeline(text, module.__dict__), module.__dict__)
     if page == "README.md":
         text = with_small_tensors(with_a_tiny_pipeline(text, module.__dict__), module.__dict__)
     printed, end = "", None
@@ -85,6 +97,30 @@ def with_a_tiny_pipeline(text: str, names: dict[str, Any]) -> str:
     asked = "height=720, width=1280, num_frames=81"
     assert asked in text
     return text.replace(asked, ", ".join(f"{name}={size}" for name, size in sizes.items()))
+
+
+def with_a_tiny_calibration(text: str, names: dict[str, Any]) -> str:
+    """Examples of calibration for the tiny pipeline, and the model and the loop that they speak of."""
+    import torch
+
+    other, config, _ = runpy.run_path(str(ROOT / "examples" / "tiny.py"))["wan_text_to_video"]()
+    names["model"], names["tiny"] = other.transformer, config
+
+    def denoise(model: Any, seed: int) -> None:
+        random = torch.Generator().manual_seed(seed)
+        latents, prompt = (torch.randn(*shape, generator=random) for shape in ((1, 4, 5, 16, 16), (1, 7, 16)))
+        for step in (900, 500):
+            model(latents, torch.tensor([step]), prompt)
+
+    names["denoise"] = denoise
+    for asked, given in (
+        ('RainFusionConfig(sink="first_frame_keys", dense_steps=(10, 0))', "tiny"),
+        ("run=sample, sparsity=0.8", "run=sample, config=tiny, every=1, sparsity=0.5"),
+        ("prompts, sparsity=0.8", "prompts, every=1, sparsity=0.5"),
+    ):
+        assert asked in text
+        text = text.replace(asked, given)
+    return text
 
 
 def with_small_tensors(text: str, names: dict[str, Any]) -> str:

@@ -44,13 +44,18 @@ class Rule:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, grid: Sizes, share: float) -> tuple[Tensor, BlockMask]:
         """The attention ``[B, S, H, D]``, and the mask that was used."""
-        settings = {"block": 128, "parts": (self._part(grid),), "tensor_layout": "bshd", **self.settings}
+        settings = {"block": 128, "parts": (self._part(grid),), "tensor_layout": "bshd", **self._of_calls}
         if self.scores is None:
             settings["policy"] = self.policy(share)
         else:
             settings["mask"] = self._mask(q, k, share, settings)
         out, mask = rainfusion.attention(q, k, v, return_mask=True, **settings)
         return out, mask
+
+    @property
+    def _of_calls(self) -> dict[str, Any]:
+        """The settings without those of the grid."""
+        return {name: value for name, value in self.settings.items() if name not in ("sink", "window")}
 
     def layout(self, grid: Sizes) -> TokenLayout:
         """The order and blocks of the tokens of a grid."""

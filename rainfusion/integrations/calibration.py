@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _FORMAT, _VERSION = "rainfusion calibration", 1
 _MOST_BYTES = 2**24  # 80 layers of 128 heads at 16 shares take 4 MB
-_MOST_SHARES = 64
+_MOST_SHARES = 32
 _MOST_MODELS = 16
 _MOST_ERROR = 1e30  # so that weights, errors and their sums stay finite
 
@@ -148,7 +148,13 @@ class ErrorTable:
         return ModelBudgets(self.name, self.binding, tuple(map(tuple, solved.tolist())))
 
     def predicted(self, shares: HeadShares) -> float:
-        """The squared relative error of the model's output that the table predicts, as if layers' errors added up."""
+        """The squared relative error of the model's output that the table predicts, as if layers' errors added up.
+
+        Where weights were not measured, it is the sum of the layers' own errors.
+
+        Args:
+            shares: to skip, ``[layers][heads]``.
+        """
         points, weighted = (0.0, *self.shares), self._weighted()
         return float(
             sum(
@@ -258,16 +264,21 @@ class Calibration:
             ) from None
 
     def summary(self) -> dict[str, Any]:
-        """What was measured and checked of every model, as plain JSON values."""
+        """What was measured, predicted and checked of every model, as plain JSON values."""
+        budgets = self.budget()
         models = {
             table.name: {
                 "layers": table.binding.layers,
                 "heads": table.binding.heads,
                 "grids": list(table.binding.grids),
                 "calls": table.calls,
+                "predicted": {
+                    "uniform": table.predicted(table.uniform(self.sparsity)),
+                    "budgets": table.predicted(own.shares),
+                },
                 "checked": None if table.checked is None else asdict(table.checked),
             }
-            for table in self.tables
+            for table, own in zip(self.tables, budgets.models, strict=True)
         }
         return {"sparsity": self.sparsity, "ranks": self.ranks, "prompts": self.prompts, "models": models}
 

@@ -15,7 +15,7 @@ from rainfusion.core.parts import Sink
 from rainfusion.core.policies import TopK
 from rainfusion.core.windows import Sizes
 from rainfusion.integrations.calibration import Calibration
-from rainfusion.integrations.head_budgets import CalibrationError, HeadBudgets, ModelBudgets
+from rainfusion.integrations.head_budgets import CalibrationError, HeadBudgets
 
 Share = float | tuple[float, ...]
 """Of block pairs to skip: one for all heads, or one a head."""
@@ -137,24 +137,19 @@ class RainFusionConfig:
         Raises:
             ConfigError: budgets of another model, or of other blocks; it says what differs.
         """
-        budgets = {given: self._budgets_of(name, given, shares) for given, shares in self.head_budgets().items()}
-        for given, own in budgets.items():
-            binding = own.binding
-            objection = binding.objection(model, digest, layers)
-            cure = "calibrate this one" if objection else ""
-            objection = objection or binding.mismatch(self.block, self.window, self.sink)
+        by_layer: dict[str, Mapping[int, Share]] = {}
+        for given, budgets in self.head_budgets().items():
+            try:
+                own = budgets.of(name)
+            except CalibrationError as error:
+                raise ConfigError(f"{given}: {error}") from None
+            bound = own.binding
+            objection = bound.objection(model, digest, layers) or bound.mismatch(self.block, self.window, self.sink)
             if objection:
-                raise ConfigError(f"the head budgets in {given} do not fit {name}: {objection}{cure and '; ' + cure}")
-        by_layer = {given: dict(enumerate(own.shares)) for given, own in budgets.items()}
+                raise ConfigError(f"the head budgets in {given} do not fit {name}: {objection}")
+            by_layer[given] = dict(enumerate(own.shares))
         steps = {n: by_layer.get(f"sparsity_from_step[{n}]", shares) for n, shares in self.sparsity_from_step.items()}
         return replace(self, sparsity=by_layer.get("sparsity", self.sparsity), sparsity_from_step=steps)
-
-    @staticmethod
-    def _budgets_of(name: str, given: str, shares: HeadBudgets) -> ModelBudgets:
-        try:
-            return shares.of(name)
-        except CalibrationError as error:
-            raise ConfigError(f"{given}: {error}") from None
 
     def to_json(self) -> str:
         """The configuration as JSON: one object with the arguments by name."""

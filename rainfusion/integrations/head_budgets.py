@@ -12,8 +12,7 @@ from rainfusion.core.parts import SINKS, Sink
 from rainfusion.core.windows import Sizes
 
 _LONGEST_TEXT = 200
-_MOST_LAYERS = 4096
-_MOST_HEADS = 2**16
+_MOST_HEADS = 2**18  # of all layers: tables of a file stay small
 _MOST_GRIDS = 64
 _MOST_MODELS = 16
 OMITTED = ("drop", "summary")
@@ -53,9 +52,12 @@ class Binding:
         for name in ("model", "digest", "omitted"):
             as_text(getattr(self, name), name)
         one_of(self.omitted, OMITTED, "omitted", CalibrationError)
-        for name, most in (("layers", _MOST_LAYERS), ("heads", _MOST_HEADS)):
-            if as_int(getattr(self, name), name, CalibrationError) > most:
-                raise CalibrationError(f"{name}={getattr(self, name)} is not allowed; at most {most}")
+        for name in ("layers", "heads"):
+            set_field(self, name, as_int(getattr(self, name), name, CalibrationError))
+        if self.layers * self.heads > _MOST_HEADS:
+            raise CalibrationError(
+                f"{self.layers} layers of {self.heads} heads are more than {_MOST_HEADS} heads in all"
+            )
         set_field(self, "grids", tuple(as_text(grid, "grids") for grid in as_list(self.grids, "grids", _MOST_GRIDS)))
         set_field(self, "block", as_sizes(self.block, 2, "block", CalibrationError))
         if self.window is not None:
@@ -65,12 +67,16 @@ class Binding:
             one_of(name, SINKS[:-1], "sink", CalibrationError)
 
     def objection(self, model: str, digest: str, layers: int) -> str:
-        """Why this is not the model that is bound; empty where it is."""
+        """Why this is not the model that is bound, and what to do; empty where it is."""
         if model != self.model:
-            return f"they were made for {self.model}, and this is {model}"
-        if digest != self.digest:
-            return f"they were made for a {model} of another configuration ({self.digest[:12]}, not {digest[:12]})"
-        return "" if layers == self.layers else f"they were made for {self.layers} layers, and this model has {layers}"
+            said = f"this is {model}, and they were made for {self.model}"
+        elif digest != self.digest:
+            said = f"they were made for a {model} of another configuration ({self.digest[:12]}, not {digest[:12]})"
+        elif layers != self.layers:
+            said = f"this model has {layers} layers, and they were made for {self.layers}"
+        else:
+            return ""
+        return f"{said}; calibrate this one"
 
     def mismatch(self, block: int | tuple[int, int], window: Sizes | None, sink: Sink) -> str:
         """Which settings of blocks are not those that are bound, and what to give instead; empty where all are."""
@@ -106,9 +112,8 @@ class ModelBudgets:
 
     @property
     def sparsity(self) -> float:
-        """The mean share, over the heads of layers that are not dense."""
-        shares = [share for layer in self.shares if any(layer) for share in layer]
-        return sum(shares) / len(shares) if shares else 0.0
+        """The mean share over all heads, those of dense layers counted in."""
+        return sum(map(sum, self.shares)) / (self.binding.layers * self.binding.heads)
 
 
 @dataclass(frozen=True)
@@ -140,19 +145,25 @@ class HeadBudgets:
         set_field(self, "ranks", as_int(self.ranks, "ranks", CalibrationError))
 
     def of(self, name: str) -> ModelBudgets:
-        """The budgets of a model by its name; those of the only model under any name.
+        """The budgets of a model by its name.
+
+        Budgets of one model alone also serve where it, or they, have the name of the class instead of one in a
+        pipeline.
 
         Raises:
-            CalibrationError: there are several, and none has that name.
+            CalibrationError: none has that name.
         """
-        found = [model for model in self.models if model.name == name] or [*self.models]
-        if len(found) > 1:
-            names = ", ".join(model.name for model in self.models)
-            raise CalibrationError(
-                f"these are budgets of {names}, and none is of {shown(name)}; apply them to the pipeline, or calibrate "
-                "the model by itself"
-            )
-        return found[0]
+        for model in self.models:
+            if name == model.name:
+                return model
+        only = self.models[0]
+        if len(self.models) == 1 and (name.startswith(only.binding.model) or only.name.startswith(only.binding.model)):
+            return only
+        names = ", ".join(model.name for model in self.models)
+        raise CalibrationError(
+            f"these are budgets of {names}, and none is of {shown(name)}; apply them to the pipeline they were made "
+            "with, or calibrate this model"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The budgets as plain JSON values; `from_dict` reads them back."""

@@ -60,8 +60,8 @@ class HeadErrors:
     def _measure(self, call: Call, dense: Array) -> None:
         if not call.is_reached(self._needed):
             raise CalibrationError(
-                f"sparsity={self._needed:g} cannot be reached on {call.layout}: what every row keeps takes more than that "
-                "leaves; ask for less, use smaller blocks, or set sink='first_frame_keys' or None"
+                f"sparsity={self._needed:g} cannot be reached on {call.layout}: what every row keeps takes more than "
+                "that leaves; ask for less, use smaller blocks, or set sink='first_frame_keys' or None"
             )
         if call.heads % self._ranks:
             raise CalibrationError(f"ranks={self._ranks} does not divide the {call.heads} heads of this model")

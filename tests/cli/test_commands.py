@@ -38,7 +38,7 @@ def test_version():
     assert command("--version").stdout == f"rainfusion {rainfusion.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["devices", "models", "plan", "run", "parity"])
+@pytest.mark.parametrize("name", ["devices", "models", "plan", "run", "parity", "calibrate", "budgets"])
 def test_every_command_has_help(name):
     answer = command(name, "--help")
     assert answer.exit_code == 0
@@ -618,3 +618,108 @@ def test_parity_says_which_options_do_not_go_together(reports):
 
 def test_no_demo_file_was_left_behind():
     assert not Path("demo.png").exists()
+
+
+# -- calibrate and budgets -------------------------------------------------------------------------
+
+PIPELINES = """
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tests.integrations.diffusers.pipelines import Nameless, inputs, wan
+
+
+class Pipeline(Nameless):
+    def __call__(self, prompt, num_inference_steps=1):
+        return super().__call__(num_inference_steps, seed=len(prompt))
+
+
+def pipeline():
+    return Pipeline(FlowMatchEulerDiscreteScheduler())
+
+
+def model():
+    made = wan()
+    return made, lambda prompt: made(**inputs(seed=len(prompt)))
+
+
+def wrong():
+    raise ValueError("no such checkpoint")
+
+
+number = 3
+"""
+ASKED = ["--prompts", "prompts.txt", "--out", "out.json", "--config", "config.json", "--sparsity", "0.5"]
+LESS = ["--shares", "0.3,0.5,0.7", "--every", "1", "--probes", "1"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with pipelines, prompts and a configuration, where the command runs."""
+    pytest.importorskip("diffusers")
+    (tmp_path / "own_pipelines.py").write_text(PIPELINES)
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  a longer dog \n")
+    (tmp_path / "config.json").write_text('{"block": 16, "min_blocks": 0, "sink": null}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "own_pipelines", raising=False)
+    yield tmp_path
+    sys.modules.pop("own_pipelines", None)
+
+
+@pytest.mark.parametrize("factory", ["pipeline", "model"])
+@pytest.mark.filterwarnings("ignore:.*the budgets gave:rainfusion.RainfusionWarning")  # of random weights
+def test_calibrate_and_budgets(folder, capfd, monkeypatch, factory):
+    steps = ["--steps", "2"] if factory == "pipeline" else []
+    code, out, _ = main(capfd, monkeypatch, "calibrate", f"own_pipelines:{factory}", *ASKED, *LESS, *steps)
+    assert code == 0
+    assert "mean share 0.5" in out
+    calls = 2 * 3 * (2 if steps else 1)  # prompts, layers, steps
+    assert f"{calls} attention calls of WanTransformer3DModel measured on 3x8x8" in out
+    code, out, err = main(capfd, monkeypatch, "budgets", "out.json", "--sparsity", "0.6", "--ranks", "2")
+    assert (code, err) == (0, "")
+    assert "mean share 0.6, 2 ranks" in out
+    code, out, _ = main(capfd, monkeypatch, "budgets", "out.json", "--json")
+    config = rainfusion.integrations.config.RainFusionConfig.of({"sparsity": json.loads(out)})
+    assert config.sparsity.sparsity == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:.*the budgets gave:rainfusion.RainfusionWarning")
+def test_calibrate_as_json(folder, capfd, monkeypatch):
+    code, out, err = main(capfd, monkeypatch, "calibrate", "own_pipelines:pipeline", *ASKED, *LESS, "--json")
+    record = json.loads(out)
+    assert (code, record["file"], record["prompts"]) == (0, "out.json", 2)
+    assert "wrote out.json" in err
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({0: "own_pipelines"}, "'own_pipelines' is not MODULE:FUNCTION"),
+        ({0: "no_such_module:make"}, "no_such_module cannot be imported: ModuleNotFoundError"),
+        ({0: "own_pipelines:make"}, "own_pipelines has no function make"),
+        ({0: "own_pipelines:number"}, "own_pipelines has no function number"),
+        ({0: "own_pipelines:wrong"}, "ValueError: no such checkpoint"),
+        ({2: "none.txt"}, "none.txt: No such file"),
+        ({2: "empty.txt"}, "empty.txt has no prompt; write one a line"),
+        ({2: "/dev/zero"}, "is not a regular file"),
+        ({4: "none/out.json"}, "there is no folder none"),
+        ({6: "prompts.txt"}, "a configuration is a JSON object"),
+        ({8: "0"}, "sparsity=0 skips nothing"),
+    ],
+)
+def test_what_calibrate_cannot_do_is_one_line(folder, capfd, monkeypatch, changed, said):
+    (folder / "empty.txt").write_text("\n")
+    arguments = ["own_pipelines:pipeline", *ASKED]
+    for place, text in changed.items():
+        arguments[place] = text
+    code, out, err = main(capfd, monkeypatch, "calibrate", *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not (folder / "out.json").exists()
+
+
+def test_budgets_of_what_is_no_calibration(folder, capfd, monkeypatch):
+    code, out, err = main(capfd, monkeypatch, "budgets", "config.json")
+    assert (code, out) == (2, "")
+    assert "config.json' is not a calibration" in err

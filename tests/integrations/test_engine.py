@@ -114,6 +114,46 @@ def test_masks_are_kept_for_some_steps_of_a_context(host):
             assert rows == expected
 
 
+def test_masks_of_shares_a_head_are_kept_too(host):
+    made = host(sparsity=(0.5, 0.75), refresh_every=2, share_masks=True)
+    for step in range(2):
+        for context in ("cond", "uncond"):
+            made.forward(step, context, seed=step)
+    assert made.kinds() == ["sparse", "reused", "reused", "reused"]
+    assert [row.density for row in made.log.rows()] == [0.375] * 8
+    mask = made.calls[2]["mask"]
+    assert np.asarray(mask.blocks).mean(axis=(0, 2, 3)).tolist() == [0.5, 0.25]
+
+
+def test_layers_with_other_shares_a_head_have_one_executable(host, monkeypatch):
+    rainfusion.cache.clear()
+    made = host(sparsity={0: (0.5, 0.75), 1: (0.75, 0.25), 2: (0.0, 0.5)}, layers=3)
+    made.forward(0)
+    first = made.calls[0]["quotas"]
+    made.forward(1)
+    assert len(rainfusion.cache._plans) == 1
+    assert made.calls[3]["quotas"] is first  # kept where the call was
+    assert [row.density for row in made.log.rows()] == [0.375, 0.5, 0.75] * 2
+
+
+def test_shares_a_head_that_skip_nothing_worth_a_block_are_dense_plans(host):
+    made = host(sparsity=(1e-9, 1e-9))
+    made.forward(0)
+    assert made.calls[0]["sparsity"] == (1e-9, 1e-9)
+    assert made.kinds() == ["sparse"]
+
+
+def test_a_probe_takes_the_sparse_calls_and_is_in_no_report(host):
+    made = host(dense_layers=(1,))
+    seen = []
+    made.engine.probe = lambda call: seen.append((call.layer, call.moment.step, call.heads)) or "probed"
+    assert made.forward(3) == ["probed", DENSE]
+    assert seen == [(0, 3, HEADS)]
+    assert made.whys(0) == []
+    assert made.whys(1) == ["layer"]
+    assert made.engine.moment is None
+
+
 def test_a_reused_mask_is_the_one_that_was_made(host):
     made = host(refresh_every=2)
     made.forward(0, seed=0)

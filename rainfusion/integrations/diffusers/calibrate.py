@@ -24,6 +24,7 @@ from rainfusion.integrations.progress import Bar
 from rainfusion.integrations.schedule import Schedule
 
 Run = Callable[[Any], Any]
+_MOST_GRIDS = 64
 
 
 def calibrate(
@@ -43,9 +44,9 @@ def calibrate(
 ) -> Calibration:
     """Measure the error of every head at several shares of skipped blocks; budgets for any mean share follow from it.
 
-    The models run dense, so that what is measured is what a dense run gives. In every measured step each attention call
-    is made once more for each share, over which two of three steps go by unmeasured. The weights of the layers take
-    ``probes * layers`` forwards of a model more, and the check of the budgets ``3 * probes``.
+    The models run dense, so that every layer sees what it sees in a dense run. At a measured step, each attention call
+    is made once more for each share. Then the weights of the layers take ``probes * layers`` forwards of a model, and
+    the check of the budgets ``3 * probes``.
 
     Args:
         target: a pipeline, a model or several models, as for `apply_rainfusion`.
@@ -88,9 +89,10 @@ def calibrate(
     listed, run = _prompts(prompts), _run_of(target, run, call)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SparsityWarning)  # of shares that are only tried
-        handle = apply_rainfusion(target, config)
-        studies = [_Study(one, HeadErrors(tried, share, ranks, every), probes) for one in handle._applied]
+        handle, studies = apply_rainfusion(target, config), []
         try:
+            for one in handle._applied:
+                studies.append(_Study(one, HeadErrors(tried, share, ranks, every), probes))
             with torch.no_grad(), _quiet(target, progress), Bar(progress) as bar:
                 _measure(studies, listed, run, bar)
                 tables = [study.table(tried, handle) for study in studies]
@@ -149,8 +151,8 @@ class _Study:
             whys = {row.why for row in handle.report().rows if row.model == engine.name and row.why}
             said = f"its calls were dense: {', '.join(sorted(whys))[:200]}" if whys else "it was not called"
             raise CalibrationError(
-                f"nothing was measured of {engine.name}: {said}. Run it with a configuration under which it is sparse; "
-                "min_blocks=0 in the configuration forces short sequences, every=1 measures every step"
+                f"nothing was measured of {engine.name}: {said}. Configure fewer dense steps, every=1 to measure every "
+                "step, or min_blocks=0 for short sequences; or give the other models alone, and run=function"
             )
         kept = tuple(share for share in shares if share not in errors.unreached)
         binding = Binding(
@@ -240,9 +242,6 @@ class _OutputError:
         return float(self._error) / norm if norm else 0.0
 
 
-_MOST_GRIDS = 64
-
-
 def _nothing() -> None:
     pass
 
@@ -321,8 +320,8 @@ def _warn_of(table: ErrorTable, tried: Sequence[float]) -> None:
     if left_out := [share for share in tried if share not in table.shares]:
         warnings.warn(
             f"{table.name}: what every row keeps leaves no room for shares of "
-            f"{', '.join(f'{s:g}' for s in left_out)}, which were left out; sink='first_frame_keys' or None, or smaller "
-            "blocks, leave more",
+            f"{', '.join(f'{s:g}' for s in left_out)}, which were left out; sink='first_frame_keys' or None, or "
+            "smaller blocks, leave more",
             RainfusionWarning,
             stacklevel=3,
         )

@@ -36,7 +36,7 @@ class Forward:
         autocast = torch.get_autocast_dtype(device_type) if is_on else None
         return cls(copied(args), copied(kwargs), context, device_type, autocast)
 
-    def run(self, model: nn.Module) -> Tensor:
+    def run(self, model: Any) -> Tensor:
         """The model's output, its first tensor where there are several."""
         with ExitStack() as stack:
             if self.autocast is not None:
@@ -68,9 +68,10 @@ class Spread:
             self._kept, self._stride = self._kept[::_THIN], self._stride * _THIN
 
     def chosen(self) -> list[Forward]:
-        """At most `limit` forwards."""
+        """At most `limit` forwards; where two contexts take turns, they do so here, too."""
         last, count = len(self._kept) - 1, min(len(self._kept), self._limit)
-        return [self._kept[round(i * last / max(count - 1, 1))] for i in range(count)]
+        places = [round(i * last / max(count - 1, 1)) for i in range(count)]
+        return [self._kept[place - (place - i) % 2] for i, place in enumerate(places)]
 
 
 def copied(value: Any) -> Any:
