@@ -10,6 +10,7 @@ from pathlib import Path
 from hw_matrix.matrix import Matrix, read_matrix
 from hw_matrix.page import page
 from hw_matrix.record import record
+from hw_matrix.targets import read_text
 from rainfusion.core.errors import RainfusionError
 
 _OUT_OF_DATE, _REFUSED = 1, 2
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(matrix: Matrix) -> int:
     """Say what is wrong with the matrix, and what to do about it."""
     found = matrix.problems()
-    written = matrix.page.read_text(encoding="utf-8") if matrix.page.exists() else ""
+    written = read_text(matrix.page) if matrix.page.exists() else ""
     if written != page(matrix):
         found.append(f"{matrix.page.name} is not what the records say; run python -m hw_matrix build, commit the file")
     print(

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from hw_matrix.matrix import misfits, untraceable
-from hw_matrix.targets import HARDWARE, MatrixError, Target, read_targets, read_toml
+from hw_matrix.targets import HARDWARE, MatrixError, Target, read_targets, read_text, read_toml
 from rainfusion import __version__
 from rainfusion.testing.report import Report, read_report
 from rainfusion.testing.target import STAND_IN
@@ -94,7 +94,7 @@ class _Session:
         if subprocess.run(command, env=self._environ(), check=False).returncode:
             print(f"the benchmark {script} failed; the record has no ratios", file=sys.stderr)
             return {}
-        return {"script": " ".join(self.target.benchmark), **json.loads(file.read_text(encoding="utf-8"))}
+        return {"script": " ".join(self.target.benchmark), **json.loads(read_text(file))}
 
     def _environ(self) -> dict[str, str]:
         """What the target asks for, the name of what stands in for its hardware, and this very package."""

@@ -12,7 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rainfusion.core.checks import shown
 from rainfusion.core.errors import RainfusionError
+from rainfusion.core.files import read_regular
 from rainfusion.core.problem import DTYPES
 
 if sys.version_info >= (3, 11):
@@ -22,6 +24,7 @@ else:
 
 HARDWARE, EMULATED, CONTRACT = "hardware", "emulated", "contract"
 ANY = "any"
+_MOST_BYTES = 2**20
 T = TypeVar("T")
 
 
@@ -93,8 +96,11 @@ def read_targets(path: Path) -> tuple[dict[str, Chip], dict[str, Target]]:
     """
     document = read_toml(path)
     _refuse_unknown(document, {"chips", "target"}, str(path))
-    chips = {key: _chip(key, entry) for key, entry in document.get("chips", {}).items()}
-    listed = [_target(entry, chips) for entry in document.get("target", [])]
+    tables, entries = document.get("chips", {}), document.get("target", [])
+    if not (isinstance(tables, dict) and isinstance(entries, list)):
+        raise MatrixError(f"{path}: chips are tables [chips.NAME], targets are tables [[target]]")
+    chips = {key: _chip(key, entry) for key, entry in tables.items()}
+    listed = [_target(entry, chips) for entry in entries]
     targets = {target.name: target for target in listed}
     for target in listed:
         if targets[target.name] is not target:
@@ -108,16 +114,30 @@ def read_targets(path: Path) -> tuple[dict[str, Chip], dict[str, Target]]:
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file; MatrixError where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise MatrixError(f"{path} is not TOML: {str(error)[:200]}") from error
+
+
+def read_text(path: Path) -> str:
+    """A text file of the folder, which may be somebody else's: a regular one, of a size that such files have.
+
+    Raises:
+        MatrixError: it cannot be read, or is another kind of file, larger, or not UTF-8.
+    """
+    try:
+        return read_regular(path, _MOST_BYTES).decode("utf-8")
     except OSError as error:
         raise MatrixError(
             f"{path} cannot be read ({error.strerror}); run in a checkout of rainfusion, or give --folder"
         ) from error
-    except ValueError as error:
-        raise MatrixError(f"{path} is not TOML: {error}") from error
+    except ValueError as error:  # not a regular file, or not UTF-8
+        raise MatrixError(f"{path} cannot be read: {error}") from error
 
 
-def _chip(key: str, entry: dict[str, Any]) -> Chip:
+def _chip(key: str, entry: Any) -> Chip:
+    if not isinstance(entry, dict):
+        raise MatrixError(f"chip {key} is {shown(entry)}; give a table")
     chip = _built(Chip, f"chip {key}", {**entry, "key": key})
     if chip.evidence not in (HARDWARE, EMULATED, CONTRACT):
         raise MatrixError(f"chip {key} has evidence {chip.evidence!r}; give {HARDWARE}, {EMULATED} or {CONTRACT}")
@@ -126,7 +146,9 @@ def _chip(key: str, entry: dict[str, Any]) -> Chip:
     return chip
 
 
-def _target(entry: dict[str, Any], chips: Mapping[str, Chip]) -> Target:
+def _target(entry: Any, chips: Mapping[str, Chip]) -> Target:
+    if not isinstance(entry, dict):
+        raise MatrixError(f"target {shown(entry)} is no table")
     what = f"target {entry.get('backend')}-{entry.get('chip')}"
     if entry.get("chip") not in chips:
         raise MatrixError(f"{what} names no chip; give one of {', '.join(chips)}")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from threading import RLock
 from typing import Any, Generic, TypeVar
 
 from rainfusion.core import choice as choosing
@@ -27,6 +26,7 @@ from rainfusion.core.errors import (
     warn_caller,
 )
 from rainfusion.core.executable import Executable
+from rainfusion.core.locks import ProcessLock
 from rainfusion.core.plan import Plan
 from rainfusion.plugins.manager import host
 
@@ -60,11 +60,7 @@ class LruDict(OrderedDict[Any, Value], Generic[Value]):
 
     def __init__(self, limit: int) -> None:
         super().__init__()
-        self._limit, self._lock = limit, RLock()
-
-    def renew_lock(self) -> None:
-        """Forget who held the lock: in a forked child that thread is not there to give it back."""
-        self._lock = RLock()
+        self._limit, self._lock = limit, ProcessLock()
 
     def find(self, key: Any) -> Value | None:
         """The value, or None; it then counts as used."""
@@ -154,11 +150,6 @@ class ExecutableCache:
         if key is not None and prepared.settled:
             self._calls.keep(key, prepared)
 
-    def renew_locks(self) -> None:
-        """As `LruDict.renew_lock`."""
-        for kept in (self._plans, self._choices, self._calls):
-            kept.renew_lock()
-
     def clear(self) -> None:
         """Let go of everything."""
         for kept in (self._plans, self._choices, self._calls, self._unfit):
@@ -168,10 +159,6 @@ class ExecutableCache:
 cache = ExecutableCache()
 """The cache of this process; `cache.clear()` lets go of executables and their constants. What CUDA graphs have
 captured stays with the backend, since a graph replays on it (`TritonBackend.captured`)."""
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=cache.renew_locks)
 
 
 def prepare(plan: Plan, notes: tuple[str, ...], *, like: Array, backend: str | None) -> Prepared:

@@ -7,6 +7,7 @@ kernels, and constants stay usable in every later call.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from rainfusion.backends.host_arrays import as_kind_of, as_numpy, check_tensors
 from rainfusion.core.backend import Backend, Device
+from rainfusion.core.errors import RainfusionWarning, warn_caller
 
 Array = Any
 
@@ -46,6 +48,8 @@ class TorchArrays(Backend):
 
         Autocast would compute scores in half precision (Law 2); a default device would move what is allocated.
         """
+        if device.type == "cpu":
+            _threads.use()
         with torch.no_grad(), torch.autocast(device.type, enabled=False), torch._C.DisableTorchFunction():
             yield
 
@@ -73,6 +77,35 @@ class TorchArrays(Backend):
     def synchronize(self, device: Device) -> None:
         if device.type != "cpu":
             torch.accelerator.synchronize(str(device))
+
+
+class _Threads:
+    """Whether torch's threads on the CPU are in this process: OpenMP waits for ever for those a fork left behind."""
+
+    def __init__(self) -> None:
+        self._used = self._lost = False
+        if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+            os.register_at_fork(after_in_child=self._leave)
+
+    def use(self) -> None:
+        """Before work on the CPU: where threads were lost, work on this one alone, and say so once."""
+        self._used = True
+        if not self._lost:
+            return
+        self._lost = False
+        if torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
+            warn_caller(
+                "torch worked on several threads before this process was forked. They are not here, so torch works on "
+                "one thread now (torch.set_num_threads(1)); start processes by 'spawn' to use more",
+                RainfusionWarning,
+            )
+
+    def _leave(self) -> None:
+        self._lost = self._lost or self._used
+
+
+_threads = _Threads()
 
 
 @contextmanager

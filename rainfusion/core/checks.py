@@ -6,7 +6,9 @@ import math
 import operator
 from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
+
+Instance = TypeVar("Instance")
 
 # Kernels index tokens and blocks in int32. The limit also keeps a plan or mask from a hostile file harmless.
 LARGEST = 2**31 - 1
@@ -65,6 +67,14 @@ def as_share(value: Any, name: str, error: type[Exception], *, top: bool) -> flo
     if not (0.0 <= share < 1.0 or (top and share == 1.0)):
         raise error(f"{name}={shown(value)} is out of range; give {allowed}")
     return share
+
+
+def as_instance(value: Any, kind: type[Instance], name: str, error: type[Exception], source: str = "") -> Instance:
+    """Return `value` where it is a `kind`, or raise `error` naming the argument and where to get one."""
+    if not isinstance(value, kind):
+        hint = f" of {source}" if source else ""
+        raise error(f"{name}={shown(value)} is a {type(value).__name__}; give a {kind.__name__}{hint}")
+    return value
 
 
 def as_sizes(value: Any, n: int, name: str, error: type[Exception]) -> tuple[int, ...]:

@@ -235,8 +235,10 @@ class Executable:
         """Refuse arguments that are not what the plan reads.
 
         Raises:
-            ProblemError, MaskError: as `__call__` says.
+            ProblemError, MaskError: as `__call__` says; no mapping from names.
         """
+        if not isinstance(arguments, Mapping):
+            raise ProblemError(f"arguments={shown(arguments)} is no mapping; give arrays by name, such as q, k and v")
         facts = (*arguments, *map(array_facts, arguments.values()))
         try:
             accepted = facts in self._accepted

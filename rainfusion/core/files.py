@@ -32,7 +32,7 @@ def as_path(path: Any) -> Path:
     """
     try:
         place = os.fspath(path)
-        is_named = isinstance(place, str) and "\0" not in place and len(os.fsencode(place)) <= _LONGEST
+        is_named = isinstance(place, str) and "\0" not in place and 0 < len(os.fsencode(place)) <= _LONGEST
     except Exception:  # no path, or text that no file name can hold
         is_named = False
     if not is_named:

@@ -111,7 +111,8 @@ class Grid:
         Raises:
             LayoutError: a window that does not fill whole blocks.
         """
-        return _settled(self, block, window)
+        sizes = as_sizes(block, 2, "block", LayoutError)
+        return _settled(self, (sizes[0], sizes[1]), None if window is None else as_box(window, "window"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -6,12 +6,15 @@ they need: a mask before its summaries, operations before their order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 
-from rainfusion.core.errors import PolicyError, ProblemError
+from rainfusion.core.checks import as_instance, shown
+from rainfusion.core.errors import LayoutError, PlanFormatError, PolicyError, ProblemError
 from rainfusion.core.layout import Text, TokenLayout
 from rainfusion.core.ops import (
     AllBlocks,
@@ -31,15 +34,31 @@ from rainfusion.core.plan import Plan
 from rainfusion.core.policies import Budget, Policy
 from rainfusion.core.problem import AttentionProblem
 
+Pass = TypeVar("Pass", bound=Callable[..., Plan])
+
 _MOST_PAIRS, _MOST_BLOCKS = 2**38, 2**24
+
+
+def _of_plan(function: Pass) -> Pass:
+    """A pass that refuses, with a PlanFormatError, what is no plan."""
+
+    @wraps(function)
+    def checked(plan: Plan, *args: Any, **kwargs: Any) -> Plan:
+        as_instance(plan, Plan, "plan", PlanFormatError, "rainfusion.plan")
+        return function(plan, *args, **kwargs)
+
+    return checked  # type: ignore[return-value]
 
 
 def dense(problem: AttentionProblem, layout: TokenLayout) -> Plan:
     """Attention over every block pair: where every plan begins."""
+    as_instance(problem, AttentionProblem, "problem", ProblemError)
+    as_instance(layout, TokenLayout, "layout", LayoutError)
     attend = Attend(q="%q", k="%k", v="%v", out="%out", lse="%lse", block=layout.block, scale=problem.scale)
     return Plan(problem, layout, (attend,), ("%out",))
 
 
+@_of_plan
 def select_blocks(plan: Plan, policy: Policy, *, given_quotas: bool = False) -> Plan:
     """Attend only to the blocks that a policy's budget keeps; a policy that keeps everything leaves the plan dense.
 
@@ -49,6 +68,8 @@ def select_blocks(plan: Plan, policy: Policy, *, given_quotas: bool = False) -> 
     Raises:
         PolicyError: quotas at call time under a policy that chooses nothing by score, or a budget of other shape.
     """
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"policy={shown(policy)} is not a policy; give one such as TopK(...)")
     q, kv = plan.q_axis, plan.kv_axis
     _refuse_huge_masks(plan)
     budget = policy.budget(q, kv, plan.problem.heads)
@@ -69,11 +90,13 @@ def select_blocks(plan: Plan, policy: Policy, *, given_quotas: bool = False) -> 
     return replace(plan, ops=(mean_q, mean_k, *prior, score, *quotas, chosen, *masked))
 
 
+@_of_plan
 def given_mask(plan: Plan) -> Plan:
     """Attend by a mask that is given at call time."""
     return replace(plan, ops=tuple(replace(op, mask="%mask") if isinstance(op, Attend) else op for op in plan.ops))
 
 
+@_of_plan
 def summarise_omitted(plan: Plan) -> Plan:
     """Let every omitted block count through its means; a dense plan omits nothing and stays as it is."""
     attend = plan.find(Attend)
@@ -103,6 +126,7 @@ def summarise_omitted(plan: Plan) -> Plan:
     return replace(plan, ops=(*before, *means, *between, kept, rest, merge, *after))
 
 
+@_of_plan
 def in_window_order(plan: Plan) -> Plan:
     """Walk tokens through the layout's order wherever operations read them, and write the output back through it."""
     if not (plan.q_axis.ordered or plan.kv_axis.ordered):
@@ -113,6 +137,7 @@ def in_window_order(plan: Plan) -> Plan:
     return replace(plan, ops=(WindowOrder(order="%order", inverse="%inverse", layout=plan.layout), *ops))
 
 
+@_of_plan
 def limit_lengths(plan: Plan) -> Plan:
     """Read ``%kv_lengths`` at call time: tokens at block positions at or beyond a sample's length are padding."""
     on_queries = plan.problem.q_len == plan.problem.kv_len
@@ -127,13 +152,20 @@ def limit_lengths(plan: Plan) -> Plan:
     return replace(plan, ops=tuple(ops))
 
 
+@_of_plan
 def returning(plan: Plan, returns: Iterable[str]) -> Plan:
     """Return these values; those of the mask chain are made where the plan has no need of them itself.
 
     Raises:
-        PlanFormatError: a value that the plan does not have.
+        PlanFormatError: a value that the plan does not have, or no names.
     """
-    names = tuple(returns)
+    names: tuple[Any, ...]
+    try:
+        names = tuple(returns)
+    except Exception:  # not iterable, or an iterator that fails
+        names = (returns,)
+    if isinstance(returns, str) or not all(isinstance(name, str) for name in names):
+        raise PlanFormatError(f"returns={shown(returns)} is not names of values; give such as ('%out', '%lse')")
     before: list[Op] = []
     after: list[Op] = []
     if "%mask" in names and plan.mask_name is None:
@@ -148,12 +180,14 @@ def returning(plan: Plan, returns: Iterable[str]) -> Plan:
     return replace(plan, ops=(*before, *plan.ops, *after), returns=names)
 
 
+@_of_plan
 def from_means(plan: Plan) -> Plan:
     """Start from block means given at call time, where tokens are elsewhere (a shard of them on each device)."""
     ops = tuple(op for op in plan.ops if not isinstance(op, BlockMean))
     return prune(replace(plan, ops=ops))
 
 
+@_of_plan
 def prune(plan: Plan) -> Plan:
     """Drop operations, and optional results, that nothing returned depends on."""
     needed, live = {*plan.returns}, []

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rainfusion.core.checks import shown
+from rainfusion.core.checks import as_instance, shown
 from rainfusion.core.errors import PlanFormatError, PolicyError, RainfusionError
 from rainfusion.core.layout import BlockedAxis, TokenLayout
 from rainfusion.core.mask import BlockMask
@@ -46,7 +46,7 @@ class Plan:
 
     Raises:
         PlanFormatError: a value that is read but neither made nor one of those that can be given, made twice, or of
-            another type than the operation reads.
+            another type than the operation reads; arguments of other types.
 
     Make one with `rainfusion.plan`; `print` shows it.
     """
@@ -57,6 +57,10 @@ class Plan:
     returns: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        as_instance(self.problem, AttentionProblem, "problem", PlanFormatError)
+        as_instance(self.layout, TokenLayout, "layout", PlanFormatError)
+        _check_tuple(self.ops, Op, "ops", "operations")
+        _check_tuple(self.returns, str, "returns", "names of values")
         if len(self.ops) > _MOST_OPS:
             raise PlanFormatError(f"a plan of {len(self.ops)} operations; at most {_MOST_OPS} are allowed")
         unknown = [name for name in self.returns if name not in self.types]
@@ -121,7 +125,13 @@ class Plan:
         return {name: op for op in self.ops for name in op.makes}
 
     def find(self, kind: type[AnyOp]) -> AnyOp | None:
-        """The first operation of a type."""
+        """The first operation of a type; None where the plan has none.
+
+        Raises:
+            PlanFormatError: `kind` is no type of operations.
+        """
+        if not isinstance(kind, type) or not issubclass(kind, Op):
+            raise PlanFormatError(f"kind={shown(kind)} is no type of operations; give one of rainfusion.ops")
         return next((op for op in self.ops if isinstance(op, kind)), None)
 
     def constant(self, name: str | None) -> np.ndarray | None:
@@ -338,6 +348,11 @@ def _told(layout: TokenLayout) -> str:
     """A layout in words, with what its short form leaves out."""
     grids = [f"window {grid.window}, sink {grid.sink}" for grid in layout.grids]
     return f"{layout} ({'; '.join(grids)})" if grids else str(layout)
+
+
+def _check_tuple(values: Any, kind: type, name: str, what: str) -> None:
+    if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
+        raise PlanFormatError(f"{name}={shown(values)} is not a tuple of {what}")
 
 
 def given_types(plan: Plan) -> dict[str, ValueType]:

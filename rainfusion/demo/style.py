@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
+from rainfusion.core.checks import shown
 from rainfusion.core.errors import RainfusionError
+from rainfusion.core.files import IrregularFileError, as_path
 
 PAPER, INK, MUTED, LINE = "#ffffff", "#1b2733", "#6b7885", "#d5dbe1"
 SKIPPED, KEPT, PROTECTED, ALERT = "#edf1f5", "#1f6f8b", "#f2a541", "#c8442d"
@@ -50,9 +51,13 @@ def figure(path: str | PathLike[str], width: float, height: float) -> Iterator[A
     """A figure of that size in inches, written to `path` as PNG when the block ends.
 
     Raises:
-        PictureError: matplotlib is not installed, or the file cannot be written.
+        PictureError: matplotlib is not installed, no path, or the file cannot be written.
     """
     require_matplotlib()
+    try:
+        place = as_path(path)
+    except IrregularFileError as error:
+        raise PictureError(str(error)) from None
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,10 +67,10 @@ def figure(path: str | PathLike[str], width: float, height: float) -> Iterator[A
         FigureCanvasAgg(sheet)
         yield sheet
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            sheet.savefig(path, dpi=150, format="png")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            sheet.savefig(place, dpi=150, format="png")
         except OSError as error:
-            raise PictureError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise PictureError(f"{shown(str(place))} cannot be written: {error.strerror or error}") from error
 
 
 def ramp(*colours: str) -> Any:

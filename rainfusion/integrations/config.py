@@ -178,6 +178,8 @@ class RainFusionConfig:
         Raises:
             ConfigError: an argument that there is not, or a value out of range.
         """
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"settings={shown(settings)} is no mapping; give the arguments by name, such as a dict")
         known = [f.name for f in fields(cls)]
         if unknown := [name for name in settings if name not in known]:
             raise ConfigError(

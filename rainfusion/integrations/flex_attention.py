@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask as FlexMask
 from torch.nn.attention.flex_attention import create_mask
 
 from rainfusion.core.arrays import moved
+from rainfusion.core.checks import as_instance
 from rainfusion.core.errors import MaskError
 from rainfusion.core.mask import BlockMask
 
@@ -26,7 +27,11 @@ def to_flex(mask: BlockMask) -> FlexMask:
 
     Whole blocks are *full* (no mask function runs on them); kept blocks of a ragged last row or column are
     *partial*, as `create_block_mask` has them.
+
+    Raises:
+        MaskError: no block mask.
     """
+    as_instance(mask, BlockMask, "mask", MaskError)
     blocks = mask.blocks if isinstance(mask.blocks, Tensor) else moved(mask.blocks, torch.empty(0))
     q_block, kv_block = mask.block
     full = blocks.clone()
@@ -65,8 +70,9 @@ def from_flex(
 
     Raises:
         MaskError: a block that is attended in part, an index out of range, or lengths, batch or heads of
-            another mask.
+            another mask; no flex mask.
     """
+    as_instance(flex, FlexMask, "flex", MaskError, "torch.nn.attention.flex_attention")
     block = (int(flex.BLOCK_SIZE[0]), int(flex.BLOCK_SIZE[1]))
     kept = BlockMask.from_kv_indices(flex.kv_num_blocks, flex.kv_indices, q_len, kv_len, block).blocks
     kept = _whole(flex, kept, (q_len, kv_len))

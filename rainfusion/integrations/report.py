@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rainfusion.core.checks import as_int, as_number, as_share, shown
+from rainfusion.core.checks import as_int, as_number, as_share, one_of, shown
 from rainfusion.core.errors import RainfusionError
 from rainfusion.integrations.config import RainFusionConfig
 
@@ -21,7 +21,7 @@ SPARSE, REUSED, DENSE, SKIPPED = "sparse", "reused", "dense", "skipped"
 
 
 class ReportFormatError(RainfusionError, ValueError):
-    """Text that is no report."""
+    """Text that is no report, or a column that reports do not have."""
 
 
 class Row(NamedTuple):
@@ -101,7 +101,13 @@ class Report:
         return _mean_reused(self.rows)
 
     def count(self, **where: Any) -> int:
-        """How many rows there are, such as ``report.count(kind="sparse", step=3)``."""
+        """How many rows there are, such as ``report.count(kind="sparse", step=3)``.
+
+        Raises:
+            ReportFormatError: rows have no column of that name.
+        """
+        for name in where:
+            one_of(name, Row._fields, "column", ReportFormatError)
         return sum(all(getattr(row, name) == value for name, value in where.items()) for row in self.rows)
 
     def to_json(self) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import EntryPoint
-from threading import RLock
 from typing import Any, cast
 
 import pluggy
@@ -32,6 +31,7 @@ from rainfusion.core.errors import (
     said,
     warn_caller,
 )
+from rainfusion.core.locks import ProcessLock
 from rainfusion.core.plan import Plan
 from rainfusion.plugins import hookspecs
 from rainfusion.plugins.answers import LIMIT, Answer, PluginFailed, PluginLate, patience
@@ -114,7 +114,7 @@ class PluginHost:
         self._loaded: dict[str, Backend] = {}
         self._late: dict[str, Answer[Any]] = {}  # backends that did not answer in time
         self._unsettled: list[tuple[EntryPoint, Answer[Announcement]]] = []
-        self._settling = RLock()
+        self._settling = ProcessLock()
         if found is None:
             found, self._failures = entries()
         found = sorted(found, key=_builtin_first)
@@ -352,7 +352,7 @@ def _is_same(candidate: Candidate, chosen: Candidate) -> bool:
     return chosen.backend is candidate.backend and chosen.device is candidate.device
 
 
-_creating = RLock()
+_creating = ProcessLock()
 
 
 def host() -> PluginHost:

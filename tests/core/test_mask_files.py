@@ -102,7 +102,7 @@ def test_a_file_as_numpy_stores_it_without_compression_is_read(tmp_path, mask):
     np.testing.assert_array_equal(BlockMask.load(path).blocks, mask.blocks)
 
 
-@pytest.mark.parametrize("path", [None, 0, b"mask.npz", io.BytesIO(), "a\0b"], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("path", [None, 0, b"mask.npz", io.BytesIO(), "a\0b", ""], ids=lambda path: type(path).__name__)
 def test_what_is_no_path_is_refused(mask, path):
     for use in (BlockMask.load, mask.save):
         with pytest.raises(MaskError, match="is not the path of a file"):
@@ -111,7 +111,7 @@ def test_what_is_no_path_is_refused(mask, path):
 
 def test_only_regular_files_are_opened(tmp_path, saved):
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
-    for path in (tmp_path / "pipe", tmp_path, "/dev/zero", ""):
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero", "."):
         with pytest.raises(MaskError, match="is not a regular file"):
             BlockMask.load(path)
     (tmp_path / "link.npz").symlink_to(saved)

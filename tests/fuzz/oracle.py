@@ -22,8 +22,10 @@ from tests.fuzz.problems import Choice, Part, Problem
 _ROUNDINGS = {"float64": 2.0**-47, "float32": 2.0**-18, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _LSE_ROUNDINGS = {"float64": 2.0**-47, "float32": 2.0**-20}
 _UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
-# Products on an accelerator: weights are rounded to the dtype before the second one, or to three TensorFloat-32 parts.
-_PRODUCT_UNIT = {"float32": 2.0**-20, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# Weights are rounded to a dtype of 16 bits before they are multiplied with the values, which is more than a rounding of
+# outputs that cancel. On accelerators float32 is multiplied as three TensorFloat-32 products.
+_WEIGHT_UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+_FAST_UNIT = 2.0**-20
 _MASS_EPSILON = 1e-5
 
 # What the block order holds, one after the other; see docs/layouts.md.
@@ -172,8 +174,8 @@ class Oracle:
         """Attention over the blocks of a mask.
 
         Args:
-            fast_products: allow what kernels of accelerators do: weights, and the means of omitted blocks, rounded to
-                the tensors' dtype, and float32 as three TensorFloat-32 products.
+            fast_products: allow what kernels of accelerators do: the means of omitted blocks rounded to the tensors'
+                dtype, and float32 as three TensorFloat-32 products.
         """
         with np.errstate(all="ignore"):
             out, lse = self._attend(mask, omitted, "float64")
@@ -181,12 +183,13 @@ class Oracle:
             share = _UNIT[self.wide] / _UNIT["float32"]
             noise = (16 if fast_products else 4) * _UNIT[self.wide] * self._magnitude()
             out_error = _worst(_rounded(coarse, self.problem.dtype), out) * share
-            weights = 0.0
-            if fast_products:
+            if fast_products and omitted == "summary":
                 rounded, _ = self._attend(mask, omitted, "float32", mean_dtype=self.problem.dtype)
                 out_error = max(out_error, _worst(_rounded(rounded, self.problem.dtype), out))
+            weights = _WEIGHT_UNIT.get(self.problem.dtype, _FAST_UNIT if fast_products else 0.0)
+            if weights:
                 spread, _ = self._attend(mask, omitted, "float32", of_values=np.abs)
-                weights = _PRODUCT_UNIT[self.problem.dtype] * _largest(spread)
+                weights *= _largest(spread)
             lse_error = _worst(coarse_lse, lse) * share
         largest, largest_lse = _largest(out), max(_largest(lse), 1.0)
         values = _largest(self.tensors["v"])

@@ -153,6 +153,7 @@ def test_a_worker_that_crashes_is_followed_by_another(tmp_path, monkeypatch):
     assert not worker.goes_on(minutes=1)
 
 
+@pytest.mark.filterwarnings("ignore::rainfusion.RainfusionWarning")
 @pytest.mark.parametrize("seed", range(40))
 def test_problems_for_accelerators_fit_their_oracle(seed):
     """The laws hold for them on the CPU too, under the limits of the CPU."""

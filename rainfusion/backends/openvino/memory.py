@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import sys
-import threading
 import weakref
 from itertools import count
 
 import numpy as np
+
+from rainfusion.core.locks import ProcessLock
 
 KEPT = 2**28  # bytes that wait for the next call
 _BLOCKS = 24  # and blocks, the newest: calls of one size take and give the same few, older ones are of other sizes
@@ -30,7 +30,7 @@ class Pool:
     def __init__(self, limit: int = KEPT) -> None:
         self._limit = limit
         self._free: list[np.ndarray] = []
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array of any content, C-contiguous."""
@@ -54,10 +54,6 @@ class Pool:
         # No lock: this runs wherever the last view goes, perhaps inside _take; appending is safe there.
         if self.unused() + block.nbytes <= self._limit:
             self._free.append(block)
-
-    def renew_lock(self) -> None:
-        """Forget who held the lock: in a forked child that thread is not there to give it back."""
-        self._lock = threading.Lock()
 
     def unused(self) -> int:
         """Bytes that wait for the next call."""
@@ -84,5 +80,3 @@ def new_plan() -> None:
 
 
 POOL = Pool()
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=POOL.renew_lock)

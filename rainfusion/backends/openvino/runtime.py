@@ -7,7 +7,6 @@ bfloat16 where the CPU has it.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from rainfusion.backends.openvino.tensors import tensor_on
 from rainfusion.backends.openvino.vendor import ov
 from rainfusion.core.backend import Device
 from rainfusion.core.errors import BackendUnavailableError
+from rainfusion.core.locks import ProcessLock
 
 CACHE_FOLDER = "RAINFUSION_OPENVINO_CACHE"
 HOME = "RAINFUSION_OPENVINO_DEVICE"
@@ -124,7 +124,7 @@ class Requests:
     def __init__(self, model: ov.Model, device: Device, precision: ov.Type, streams: int) -> None:
         self._compile = partial(compiled, model, device, precision, streams)
         self._count = 2 * streams if streams > 1 else 1
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
         self._requests = self._made()
 
     def _made(self) -> list[ov.InferRequest]:

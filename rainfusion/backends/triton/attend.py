@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from rainfusion.backends.triton.attend_blocks import attend_blocks
 from rainfusion.backends.triton.operands import Attention
 from rainfusion.backends.triton.tuning import CANDIDATES, AttendConfig, attend_configs
 from rainfusion.core.errors import RainfusionWarning, warn_caller
+from rainfusion.core.locks import ProcessLock
 from rainfusion.core.ops import Attend
 from rainfusion.core.plan import Plan
 
@@ -28,7 +28,7 @@ _GLUON_FROM = "3.6"  # the oldest Triton on which Hopper's kernel was seen to co
 
 _DOES_NOT_FIT: tuple[type[Exception], ...] = (*tuning.DOES_NOT_COMPILE, AttributeError, TypeError)
 _refused: set[torch.device] = set()  # devices for which this Triton did not compile Hopper's kernel
-_lock = Lock()
+_lock = ProcessLock()
 
 
 @dataclass
@@ -48,7 +48,7 @@ class AttentionKernel:
     configs: list[AttendConfig]
     precision: str
     is_tuned: bool = True
-    _lock: Lock = field(default_factory=Lock, repr=False)
+    _lock: ProcessLock = field(default_factory=ProcessLock, repr=False)
 
     @classmethod
     def of(cls, op: Attend, plan: Plan, device: torch.device, mean_dtype: torch.dtype | None) -> AttentionKernel:

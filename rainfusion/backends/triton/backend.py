@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from rainfusion.backends.triton import cost, hardware
 from rainfusion.backends.triton.lowering import UNDERSTOOD, CapturedTensors, build
 from rainfusion.core.backend import ORACLE, TUNED, Capabilities, Device, Kernel
 from rainfusion.core.errors import BackendUnavailableError
+from rainfusion.core.locks import ProcessLock
 from rainfusion.core.plan import Plan
 
 Array = Any
@@ -75,7 +75,7 @@ def _cuda(index: int) -> Device:
     return Device("cuda", index, seen.name, seen.total_memory)
 
 
-_one_at_a_time = RLock()
+_one_at_a_time = ProcessLock()
 
 
 @contextmanager

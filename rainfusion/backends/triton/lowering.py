@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -40,6 +39,7 @@ from rainfusion.backends.triton.select_blocks import (
 from rainfusion.core.axis import BlockedAxis
 from rainfusion.core.backend import Device, Segment
 from rainfusion.core.errors import LoweringError
+from rainfusion.core.locks import ProcessLock
 from rainfusion.core.ops import AllBlocks, Attend, AttendMeans, BlockMean, BlockScore, Merge, Op, Select
 from rainfusion.core.plan import Plan
 from rainfusion.core.stages import Stages
@@ -60,7 +60,7 @@ class CapturedTensors:
 
     def __init__(self) -> None:
         self._tensors: dict[int, Tensor] = {}
-        self._lock = Lock()
+        self._lock = ProcessLock()
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Keep these tensors."""

@@ -284,7 +284,7 @@ class Data:
             size = math.prod(shape) * np.dtype(dtype).itemsize
             expect(size <= _MOST_DATA_BYTES, f"data of {size} bytes; at most {_MOST_DATA_BYTES} are read")
             content = zlib.decompressobj().decompress(base64.b64decode(record["zlib"], validate=True), size + 1)
-        except (KeyError, TypeError, ValueError, zlib.error) as error:
+        except (LookupError, TypeError, ValueError, zlib.error) as error:
             raise PlanFormatError(f"not data of a plan: {type(error).__name__}: {error}") from error
         expect(len(content) == size, f"data of {shown(shape)} {dtype} unpacks to another size than {size} bytes")
         return cls(np.frombuffer(content, dtype=dtype).reshape(shape))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rainfusion.core.checks import as_instance, shown
 from rainfusion.core.errors import RainfusionError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.integrations.engine import REST, LayerParts, Parts
@@ -119,7 +120,14 @@ _LEFT_ALONE: dict[str, str] = {}
 
 
 def register_adapter(model: str | type, adapter: Adapter) -> None:
-    """Describe a model class, by itself or by name; the newest description counts."""
+    """Describe a model class, by itself or by name; the newest description counts.
+
+    Raises:
+        UnknownModelError: no class or name, or no Adapter.
+    """
+    if not isinstance(model, str | type):
+        raise UnknownModelError(f"model={shown(model)} is not the class of a model, nor its name")
+    as_instance(adapter, Adapter, "adapter", UnknownModelError)
     _ADAPTERS[model if isinstance(model, str) else model.__name__] = adapter
 
 
