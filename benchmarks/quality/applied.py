@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rainfusion.integrations.diffusers import Calibration, RainFusionConfig, apply_rainfusion, calibrate
 from torch import Tensor
 
 from quality import model as video
+from rainfusion.integrations.diffusers import Calibration, RainFusionConfig, apply_rainfusion, calibrate
 
 if TYPE_CHECKING:
     from quality.groups import Run
@@ -56,7 +56,7 @@ def _calibration(bench: Bench, config: RainFusionConfig) -> Calibration:
             run=lambda _: video.denoise(bench.model, asked, noise, steps=bench.steps),
             progress=False,
         )
-        print(_calibrations[key], flush=True)
+        print(_calibrations[key].summary(), flush=True)
     return _calibrations[key]
 
 

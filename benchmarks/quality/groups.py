@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from rainfusion.core.policies import Hybrid, TopK, TopP
-
 from quality.rules import Nearest, OwnBlock, RandomBlocks, Rule, Sizes, compensation_error, sub_blocks
+from rainfusion.core.policies import Hybrid, TopK, TopP
 
 SHARES = (0.6, 0.7, 0.8, 0.9, 0.95)
 
@@ -56,12 +55,7 @@ def headline(grid: Sizes) -> list[Run]:
 
 def sinks(grid: Sizes) -> list[Run]:
     """Sinks at equal density, omitted blocks dropped or summarised."""
-    return [
-        Run(sink(*which, omitted), share)
-        for share in SHARES
-        for omitted in ("drop", "summary")
-        for which in SINKS
-    ]
+    return [Run(sink(*which, omitted), share) for share in SHARES for omitted in ("drop", "summary") for which in SINKS]
 
 
 def selection(grid: Sizes) -> list[Run]:
@@ -87,9 +81,7 @@ def masses(grid: Sizes) -> list[Run]:
     """Shares of the mass instead of numbers of blocks."""
     no_sink = {"sink": None}
     top_p = [Rule(f"top-p {mass}", lambda share, mass=mass: TopP(mass), no_sink) for mass in (0.3, 0.5, 0.7, 0.85)]
-    hybrid = [
-        Rule(f"hybrid {mass}", lambda share, mass=mass: Hybrid(share, mass), no_sink) for mass in (0.3, 0.5, 0.7)
-    ]
+    hybrid = [Rule(f"hybrid {mass}", lambda share, mass=mass: Hybrid(share, mass), no_sink) for mass in (0.3, 0.5, 0.7)]
     return [Run(rule, 0.95 if rule in hybrid else 0.0) for rule in (*top_p, *hybrid)]
 
 
@@ -103,14 +95,11 @@ def schedule(grid: Sizes) -> list[Run]:
 
 
 def budgets(grid: Sizes) -> list[Run]:
-    """Budgets a head by calibration, against one for all."""
-    runs = []
-    for which in (("first_frame", "rows and columns"), (None, "none")):
-        for omitted in ("drop", "summary"):
-            rule = sink(*which, omitted)
-            for share in SHARES:
-                runs.append(Run(rule, share, note="uniform", config={}))
-                runs.append(Run(rule, share, note="budgets", config={"calibrated": True}))
+    """Budgets a head by calibration; their rivals, one share for all heads, are among `sinks`."""
+    none, full = sink(None, "none", "drop"), sink("first_frame", "rows and columns", "drop")
+    runs = [Run(none, 0.8, note="uniform, applied", config={})]
+    for rule, shares in ((none, SHARES), (sink(None, "none", "summary"), SHARES), (full, (0.6, 0.7, 0.8))):
+        runs += [Run(rule, share, note="budgets a head", config={"calibrated": True}) for share in shares]
     return runs
 
 

@@ -23,9 +23,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-import rainfusion
 import torch
 from diffusers.models.transformers import transformer_wan
+from torch import Tensor
+
+import rainfusion
 from quality import applied, metrics, scenes
 from quality import model as video
 from quality.groups import GROUPS, Run
@@ -34,7 +36,6 @@ from rainfusion.core.errors import RainfusionWarning
 from rainfusion.core.problem import AttentionProblem
 from rainfusion.demo.metrics import block_mass
 from rainfusion.testing.environment import environment
-from torch import Tensor
 
 SEED = 2026
 _FRAMES_KEPT = 5
@@ -83,7 +84,10 @@ class Bench:
             "scenes": len(truth),
             "steps": self.steps,
             "dense_seconds": round(self.dense_seconds, 2),
-            "psnr_against_truth": {"first frame given": np.mean(truth[:half]), "middle frame given": np.mean(truth[half:])},
+            "psnr_against_truth": {
+                "first frame given": np.mean(truth[:half]),
+                "middle frame given": np.mean(truth[half:]),
+            },
         }
         print(json.dumps(found), flush=True)
         return found

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import rainfusion
 import torch
+from torch import Tensor
+
+import rainfusion
 from rainfusion.core.layout import BlockedAxis, TokenLayout
 from rainfusion.core.mask import BlockMask
 from rainfusion.core.ops import select
 from rainfusion.core.parts import Grid
 from rainfusion.core.policies import Policy, TopK
-from torch import Tensor
 
 Sizes = tuple[int, int, int]
 Scores = Callable[[Tensor, Tensor, TokenLayout, float], Tensor]

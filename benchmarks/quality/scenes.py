@@ -92,9 +92,7 @@ def text(scenes: Scenes) -> Tensor:
     batch, device = scenes.colour.shape[0], scenes.colour.device
     background = torch.cat([scenes.colour, scenes.slope.flatten(1) / 0.2, scenes.pan / _SPEED], dim=-1)
     kinds = torch.nn.functional.one_hot(scenes.kind, len(_KINDS)).float()
-    shapes = torch.cat(
-        [scenes.place * 2 - 1, scenes.motion / _SPEED, scenes.size[..., None] * 5, scenes.paint], dim=-1
-    )
+    shapes = torch.cat([scenes.place * 2 - 1, scenes.motion / _SPEED, scenes.size[..., None] * 5, scenes.paint], dim=-1)
     shapes = torch.nn.functional.pad(shapes, (0, _NUMBERS - shapes.shape[-1]))
     numbers = torch.cat([background[:, None], shapes], dim=1)
     octaves = torch.pi * 2.0 ** torch.arange(_OCTAVES, device=device)
@@ -125,9 +123,7 @@ def _background(scenes: Scenes, times: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return scenes.colour[:, :, None, None, None] + slope[:, :, None] + texture
 
 
-def _over(
-    picture: Tensor, scenes: Scenes, shape: int, times: Tensor, x: Tensor, y: Tensor, *, edge: float
-) -> Tensor:
+def _over(picture: Tensor, scenes: Scenes, shape: int, times: Tensor, x: Tensor, y: Tensor, *, edge: float) -> Tensor:
     """The picture with a shape on it."""
     place = _bounced(scenes.place[:, shape, None] + scenes.motion[:, shape, None] * times[:, None])
     dx, dy = x - place[..., :1], y - place[..., 1:]
@@ -135,7 +131,10 @@ def _over(
     power = torch.tensor(_KINDS, device=x.device)[scenes.kind[:, shape], None, None, None]
     far = ((dx[:, :, None, :].abs() / size).pow(power) + (dy[..., None].abs() / size).pow(power) + 1e-12).pow(1 / power)
     inside = torch.sigmoid((1 - far) * size / edge * 4)[:, None]
-    angle = _angles(2 * torch.pi * scenes.shape_waves[:, shape], dx, dy) + scenes.shape_phases[:, shape, :, None, None, None]
+    angle = (
+        _angles(2 * torch.pi * scenes.shape_waves[:, shape], dx, dy)
+        + scenes.shape_phases[:, shape, :, None, None, None]
+    )
     texture = torch.einsum("bnc,bnfhw->bcfhw", scenes.shape_tints[:, shape], angle.cos())
     painted = scenes.paint[:, shape, :, None, None, None] + texture
     return picture + inside * (painted - picture)

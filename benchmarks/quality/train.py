@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
-from quality import model as video
-from quality import scenes
 from safetensors.torch import save_file
 from torch import Tensor
+
+from quality import model as video
+from quality import scenes
 
 Grid = tuple[int, int, int]
 
@@ -168,7 +169,9 @@ class Muon(torch.optim.Optimizer):
         self._by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
         for matrix in matrices:
             self._by_shape.setdefault(matrix.shape, []).append(matrix)
-        self._moments = {shape: torch.zeros(len(alike), *shape, device=alike[0].device) for shape, alike in self._by_shape.items()}
+        self._moments = {
+            shape: torch.zeros(len(alike), *shape, device=alike[0].device) for shape, alike in self._by_shape.items()
+        }
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
