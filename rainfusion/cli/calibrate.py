@@ -63,7 +63,7 @@ def calibrate(
     if not out.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="--out")
     wanted: Any = SHARES if tried is None else shares(tried)
-    target, run = _made(factory)
+    target, run = _target_of(factory)
     found = measure(
         target,
         listed,
@@ -112,7 +112,7 @@ def _text(path: Path, most: int, option: str) -> str:
         raise typer.BadParameter(f"{path} cannot be read as text: {error}", param_hint=option) from None
 
 
-def _made(factory: str) -> tuple[Any, Any]:
+def _target_of(factory: str) -> tuple[Any, Any]:
     """What the function returns: a pipeline and None, or a model and a function that runs it for a prompt."""
     name, _, function = factory.partition(":")
     if not name or not function:
@@ -125,5 +125,5 @@ def _made(factory: str) -> tuple[Any, Any]:
         raise typer.BadParameter(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(make):
         raise typer.BadParameter(f"{name} has no function {function}")
-    made = make()
-    return made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    result = make()
+    return result if isinstance(result, tuple) and len(result) == 2 else (result, None)

@@ -18,7 +18,8 @@ def solve(errors: np.ndarray, shares: Sequence[float], sparsity: float) -> np.nd
     """The share of every curve, their mean `sparsity`, that minimises the sum of the errors.
 
     Args:
-        errors: ``[curves, points]``, not negative. A curve that falls is taken as flat there.
+        errors: ``[curves, points]``, 0 at the first and nowhere negative. Curves may fall: where attention is
+            diffuse, more of the best blocks can err more than fewer.
         shares: ascending from 0 on, ``[points]``.
         sparsity: at most the last of the shares.
 
@@ -27,8 +28,8 @@ def solve(errors: np.ndarray, shares: Sequence[float], sparsity: float) -> np.nd
     """
     steps = sorted(
         (slope, curve, start, end)
-        for curve, rising in enumerate(np.maximum.accumulate(errors, axis=1).tolist())
-        for slope, start, end in _hull_steps(shares, rising)
+        for curve, row in enumerate(errors.tolist())
+        for slope, start, end in _hull_steps(shares, row)
     )
     found, left = np.zeros(len(errors)), sparsity * len(errors)
     for _, curve, start, end in steps:

@@ -35,7 +35,7 @@ class HeadErrors:
         calls: how many were measured.
         heads: of the model; 0 before a call.
         grids: of the sequences that were measured, such as ``"21x45x80"``.
-        unreached: shares that what every row keeps leaves no room for; they were not measured everywhere.
+        unreached: shares that cannot be reached beside what every row keeps; they were not measured everywhere.
     """
 
     def __init__(self, shares: Sequence[float], needed: float, ranks: int = 1, every: int = 1) -> None:

@@ -55,8 +55,8 @@ def calibrate(
         sparsity: mean share of block pairs to skip, of the budgets that are solved and checked.
         config: block, window, sink, omitted and the like that budgets will be used with; calls that it says are dense
             take no part. Its sparsity is not read.
-        shares: that are measured, ascending; `sparsity` is added to them. Where what every row keeps leaves no room
-            for one, it is left out with a warning.
+        shares: that are measured, ascending; `sparsity` is added to them. One that cannot be reached beside what
+            every row keeps is left out with a warning.
         run: called with each prompt in place of the pipeline: for loops of your own, and for bare models.
         every: denoising steps from one that is measured to the next.
         probes: forwards of every model, spread over the run, that weights and the check are measured with; 0 for
@@ -319,9 +319,8 @@ def _quiet(target: Any, progress: bool) -> Iterator[None]:
 def _warn_of(table: ErrorTable, tried: Sequence[float]) -> None:
     if left_out := [share for share in tried if share not in table.shares]:
         warnings.warn(
-            f"{table.name}: what every row keeps leaves no room for shares of "
-            f"{', '.join(f'{s:g}' for s in left_out)}, which were left out; sink='first_frame_keys' or None, or "
-            "smaller blocks, leave more",
+            f"{table.name}: shares of {', '.join(f'{s:g}' for s in left_out)} cannot be reached beside what every row "
+            "keeps, and were left out; sink='first_frame_keys' or None, or smaller blocks, allow more",
             RainfusionWarning,
             stacklevel=3,
         )

@@ -193,7 +193,7 @@ def test_own_models_with_padded_text(own_adapters):
 
 def test_shares_beyond_reach_are_left_out_with_a_warning():
     model = built()
-    with pytest.warns(RainfusionWarning, match=r"leaves no room for shares of 0\.95, which were left out"):
+    with pytest.warns(RainfusionWarning, match=r"shares of 0\.95 cannot be reached beside what every row keeps"):
         found = calibrate(
             model, [0], run=loop_of(model), config=settings(**BLOCKS), **QUICK | {"shares": (0.3, 0.5, 0.7, 0.95)}
         )
