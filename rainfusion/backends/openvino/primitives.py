@@ -13,7 +13,7 @@ import numpy as np
 
 from rainfusion.backends.openvino.vendor import op, ov
 
-KEPT = 512  # of about 100 shapes, as many as there are plans that are kept lowered
+KEPT = 640  # a plan takes about five, and 128 plans are kept lowered
 _VARIABLE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 _NAMES = (_VARIABLE, "DNNL_PRIMITIVE_CACHE_CAPACITY")  # the older one is read, too
 
