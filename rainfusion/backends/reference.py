@@ -1,7 +1,9 @@
 """ReferenceBackend: no kernel of its own, so every operation runs by its definition, on NumPy.
 
-float64 inputs are computed in float64, all others in float32; memory stays within k and v in block order plus one
-query block's share of keys and scores, however long the sequence.
+float64 inputs are computed in float64, all others in float32. Beside its inputs a call takes memory for nine tensors
+of the size of q in that dtype at most, twelve where q, k and v are bfloat16 and are widened first: k and v in block
+order, a query block's share of them and of the scores, and the output by rows, as a whole and in the caller's order.
+The logits of more than one query block never exist at once.
 """
 
 from __future__ import annotations

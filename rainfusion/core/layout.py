@@ -43,6 +43,7 @@ TEXT_POSITIONS = ("start", "end")
 
 # Far above what models pack into a sequence; it bounds the work that a layout from a file can ask for.
 _MOST_PARTS = 1024
+_MOST_ORDERED = 2**28
 _MOST_PARTS_SHOWN = 8
 
 
@@ -344,7 +345,17 @@ def _settled(parts: Iterable[Part], block: tuple[int, int], window: Sizes | None
 
 @lru_cache(maxsize=32)
 def _orders(layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
-    """The block order of a layout with parts, and its inverse."""
+    """The block order of a layout with parts, and its inverse.
+
+    Raises:
+        LayoutError: of more tokens than are ordered, before memory is taken.
+    """
+    tokens = sum(part.count for part in layout.parts)
+    if tokens > _MOST_ORDERED:
+        raise LayoutError(
+            f"the block order of {tokens} tokens and its inverse take {16 * tokens} bytes; at most {_MOST_ORDERED} "
+            "tokens are ordered. Give order='given', or parts of fewer tokens"
+        )
     windows, remainders, others = [], [], []
     for part, start in zip(layout.parts, layout.starts, strict=True):
         tokens = np.arange(start, start + part.count, dtype=np.int64)

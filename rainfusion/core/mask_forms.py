@@ -13,6 +13,7 @@ from rainfusion.core.errors import MaskError
 
 # The most entries (bytes) that a grid made from a shorter form may have: a few numbers could ask for all memory.
 MOST_ENTRIES = 2**33
+MOST_COLUMNS = 2**24
 
 # Entries of the grid that are made together from index lists; bounds the int64 arrays on the way.
 _ENTRIES_AT_ONCE = 2**22
@@ -54,6 +55,11 @@ def from_index_lists(counts: Array, indices: Array, columns: int) -> Array:
     xp = grid_namespace(counts, indices)
     slots = indices.shape[-1]
     refuse_huge((*counts.shape, columns))
+    if columns > MOST_COLUMNS:
+        raise MaskError(
+            f"{columns} key blocks a row take {16 * columns} bytes to compare with indices; at most {MOST_COLUMNS} are "
+            "allowed, as in plans; use larger blocks"
+        )
     # int64 first: not every library compares the narrow unsigned types, and a huge uint64 becomes negative.
     counts_of_row = xp.reshape(xp.astype(counts, xp.int64), (-1,))
     if xp.any((counts_of_row < 0) | (counts_of_row > slots)):

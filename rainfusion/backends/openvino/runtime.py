@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rainfusion.backends.openvino import primitives
 from rainfusion.backends.openvino.processes import per_process
 from rainfusion.backends.openvino.tensors import tensor_on
 from rainfusion.backends.openvino.vendor import ov
@@ -93,6 +94,11 @@ def parallel_streams(device: Device) -> int:
     return int(core().get_property(plugin_name(device), "RANGE_FOR_STREAMS")[1])
 
 
+@per_process
+def _limit_primitives() -> None:
+    primitives.limit(core())
+
+
 def compiled(model: ov.Model, device: Device, precision: ov.Type, streams: int) -> ov.CompiledModel:
     """Compile `model` in exactly `precision`, for `streams` requests at a time.
 
@@ -101,6 +107,7 @@ def compiled(model: ov.Model, device: Device, precision: ov.Type, streams: int) 
     """
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": streams}
     if device.type == "cpu":
+        _limit_primitives()
         settings["INFERENCE_NUM_THREADS"] = parallel_streams(device)
         settings["CPU_RUNTIME_CACHE_CAPACITY"] = _KERNELS_KEPT
     try:

@@ -1,8 +1,8 @@
 """attend, attend_means and merge: attention over kept blocks, over the means of the others, and both as one.
 
-Everything is computed in float32 (float64 for float64 input). Memory stays at k and v in block order plus the keys
-and scores of one query block. A row without keys, whatever the reason, has output 0 and log-sum-exp minus infinity;
-NaN and infinity inside attended tokens spread as in dense attention.
+Everything is computed in float32 (float64 for float64 input), by query blocks: beside k and v in block order and copies
+of the output, memory is that of one query block's keys and scores. A row without keys, whatever the reason, has output
+0 and log-sum-exp minus infinity; NaN and infinity inside attended tokens spread as in dense attention.
 """
 
 from __future__ import annotations
