@@ -55,7 +55,7 @@ def main() -> None:
             record["runs"].append(row)
             _say(row)
             if run.picture:
-                pictures[f"{run.rule.name} {run.share}"] = _frames(made)
+                pictures[f"{run.rule.name} {run.share} {run.note}".strip()] = _frames(made)
             if args.json:
                 args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if args.pictures:
@@ -68,8 +68,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.steps = torch.device(args.device), args.steps
         self.grid: Sizes = tuple(int(n) for n in args.grid.split("x"))  # type: ignore[assignment]
-        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-        self.model = video.trained_model(args.weights).to(self.device, dtype)
+        self.model = video.trained_model(args.weights).to(self.device, getattr(torch, args.dtype))
         self.asked, self.noise = drawn(args.scenes, self.grid, SEED, self.device)
         self.tuning = drawn(max(args.scenes // 4, 1), self.grid, SEED + 1, self.device)
         started = time.perf_counter()
@@ -195,6 +194,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=32)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--weights", type=Path, default=video.ASSET)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pictures", type=Path, help="where to save frames, as .npz")

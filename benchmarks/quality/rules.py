@@ -69,7 +69,7 @@ class Rule:
     def _mask(self, q: Tensor, k: Tensor, share: float, settings: dict[str, Any]) -> BlockMask:
         layout = TokenLayout(parts=settings["parts"], block=settings["block"])
         rows, columns = layout.axis(q.shape[1], 0), layout.axis(k.shape[1], 1)
-        order = torch.as_tensor(layout.order, device=q.device)
+        order = torch.tensor(layout.order, device=q.device)
         q, k = (x.index_select(1, order).transpose(1, 2).float() for x in (q, k))
         score = self.scores(q, k, layout, q.shape[-1] ** -0.5)
         quotas = torch.as_tensor(self.policy(share).budget(rows, columns, q.shape[1]).quotas, device=q.device)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from rainfusion.core.checks import LARGEST, as_int, as_number, one_of, shown
 from rainfusion.core.errors import PolicyError
@@ -24,6 +24,7 @@ LayerShares = Share | Mapping[int, Share]
 Shares = LayerShares | HeadBudgets | Calibration
 """The same, or budgets that were solved for a model."""
 
+AUTO = "auto"
 _CHOICES = {"omitted": ("drop", "summary"), "order": ("auto", "layer"), "on_grad": ("raise", "dense")}
 _COUNTS = {"num_steps": 1, "refresh_every": 1, "min_blocks": 0, "report_rows": 0}
 _OPTIONAL = ("num_steps", "min_blocks")
@@ -32,6 +33,29 @@ _MOST_DIGITS = 10
 
 class ConfigError(PolicyError):
     """A configuration that no model could follow."""
+
+
+class Sinks(NamedTuple):
+    """Which frames of a grid are never skipped.
+
+    Attributes:
+        sink: as in `RainFusionConfig`.
+        kept: share of block pairs that is kept, at the least.
+    """
+
+    sink: Sink
+    kept: float
+
+    def of(self, frames: int) -> Sink:
+        """The sink of a grid of that many frames.
+
+        ``"auto"`` is the first frame, unless its rows and columns would take more than half of what is kept: they leave
+        too little for the best blocks then (ours; docs/quality.md).
+        """
+        if self.sink != AUTO:
+            return self.sink
+        protected = 1 - (1 - 1 / frames) ** 2
+        return "first_frame" if protected <= self.kept / 2 else None
 
 
 @dataclass(frozen=True)
@@ -47,8 +71,10 @@ class RainFusionConfig:
             of steps: a pipeline that says it, or `num_steps`.
         num_steps: denoising steps of a run, where the host does not say it.
         dense_layers: layers that are always dense; negative numbers count from the last.
-        block, window, sink, omitted: as in `rainfusion.attention`; window and sink apply to grids of several frames,
-            unless the model's adapter says otherwise.
+        block, window, omitted: as in `rainfusion.attention`.
+        sink: frames that are never skipped, as in `rainfusion.attention`, or ``"auto"``: the first frame, unless its
+            rows and columns would take more than half of what the sparsity keeps, and with head budgets what they were
+            measured with. Sink and window apply to grids of several frames, unless the model's adapter says otherwise.
         refresh_every: denoising steps that a block mask is used for at most; 1 selects anew at every step.
         reuse_drift: a head's mask is used again only while the head has drifted no further than this since the mask was
             made, as `rainfusion.integrations.drift` measures it: 0 for queries and keys that stay as they are, 0.1
@@ -75,7 +101,7 @@ class RainFusionConfig:
     dense_layers: tuple[int, ...] = ()
     block: int | tuple[int, int] = 128
     window: Sizes | None = None
-    sink: Sink = "first_frame"
+    sink: Sink = AUTO
     omitted: str = "drop"
     refresh_every: int = 1
     reuse_drift: float | None = None
@@ -92,7 +118,8 @@ class RainFusionConfig:
         self._set("sparsity_from_step", _by_step(self.sparsity_from_step))
         self._set("dense_steps", _pair(self.dense_steps))
         self._set("dense_layers", _layers(self.dense_layers))
-        TokenLayout((2, 64, 64), window=self.window, block=self.block, sink=self.sink)  # refuses what is none
+        sink = None if isinstance(self.sink, str) and self.sink == AUTO else self.sink
+        TokenLayout((2, 64, 64), window=self.window, block=self.block, sink=sink)  # refuses what is none
         for name in ("block", "window", "sink"):
             self._set(name, _unaliased(getattr(self, name)))
         for name, allowed in _CHOICES.items():
@@ -119,6 +146,11 @@ class RainFusionConfig:
     def __reduce__(self) -> tuple[Any, ...]:
         return RainFusionConfig.from_json, (self.to_json(),)
 
+    @property
+    def sinks(self) -> Sinks:
+        """Which frames of a grid are never skipped."""
+        return Sinks(self.sink, 1 - max(map(_most, (self.sparsity, *self.sparsity_from_step.values()))))
+
     def head_budgets(self) -> dict[str, HeadBudgets]:
         """The budgets that were solved for a model, by what names them: ``sparsity``, or a step's."""
         named = {
@@ -138,18 +170,20 @@ class RainFusionConfig:
             ConfigError: budgets of another model, or of other blocks; it says what differs.
         """
         by_layer: dict[str, Mapping[int, Share]] = {}
+        sink = self.sink
         for given, budgets in self.head_budgets().items():
             try:
                 own = budgets.of(name)
             except CalibrationError as error:
                 raise ConfigError(f"{given}: {error}") from None
             bound = own.binding
-            objection = bound.objection(model, digest, layers) or bound.mismatch(self.block, self.window, self.sink)
+            sink = (bound.sink or None) if sink == AUTO else sink
+            objection = bound.objection(model, digest, layers) or bound.mismatch(self.block, self.window, sink)
             if objection:
                 raise ConfigError(f"the head budgets in {given} do not fit {name}: {objection}")
             by_layer[given] = dict(enumerate(own.shares))
         steps = {n: by_layer.get(f"sparsity_from_step[{n}]", shares) for n, shares in self.sparsity_from_step.items()}
-        return replace(self, sparsity=by_layer.get("sparsity", self.sparsity), sparsity_from_step=steps)
+        return replace(self, sparsity=by_layer.get("sparsity", self.sparsity), sparsity_from_step=steps, sink=sink)
 
     def to_json(self) -> str:
         """The configuration as JSON: one object with the arguments by name."""
@@ -280,3 +314,11 @@ def _layers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list | tuple):
         raise ConfigError(f"dense_layers={shown(value)} is not a tuple of layer numbers")
     return tuple(as_int(item, "dense_layers", ConfigError, minimum=-LARGEST) for item in value)
+
+
+def _most(shares: Shares) -> float:
+    """The largest share of block pairs that a layer skips."""
+    if isinstance(shares, HeadBudgets | Calibration):
+        return shares.sparsity
+    by_layer = shares.values() if isinstance(shares, Mapping) else (shares,)
+    return max((sum(s) / len(s) if isinstance(s, tuple) else s for s in by_layer), default=0.0)

@@ -15,14 +15,14 @@ import rainfusion
 from rainfusion.core.arrays import array_facts, moved
 from rainfusion.core.errors import LayoutError
 from rainfusion.core.layout import TokenLayout
-from rainfusion.core.parts import Grid, Part, Sink, Text
+from rainfusion.core.parts import Grid, Part, Text
 from rainfusion.core.policies import TopK
 from rainfusion.core.problem import AttentionProblem
 from rainfusion.core.windows import Sizes
 from rainfusion.dispatch import LruDict
 from rainfusion.integrations.call import Assessment, Call, Probe
 from rainfusion.integrations.clock import Clock, Moment, Reading
-from rainfusion.integrations.config import RainFusionConfig, Share
+from rainfusion.integrations.config import RainFusionConfig, Share, Sinks
 from rainfusion.integrations.device_reads import stopwatch
 from rainfusion.integrations.report import DENSE, REUSED, SKIPPED, SPARSE, Log, Row
 from rainfusion.integrations.reuse import Masks
@@ -87,6 +87,7 @@ class Engine:
         self.config, self.layers, self.name = config, layers, name
         self.clock, self.log = clock, log
         self.schedule = Schedule(config, layers)
+        self.sinks = config.sinks
         if config.backend is not None:
             plugins.host().backend(config.backend)  # refuses one that is not there
         self.probe: Probe | None = None
@@ -198,7 +199,7 @@ class Engine:
             share, why = decision.share, decision.why
         if share is not None and forward.parts is not None:
             described = forward.parts(layer) if callable(forward.parts) else forward.parts
-            parts = settled(described, q.shape[1], self.config.sink)
+            parts = settled(described, q.shape[1], self.sinks)
             assessed = self._assess(q, k, v, parts, share, scale, forward.order)
             if not (why := assessed.why_dense):
                 settings = self._settings(forward, parts, scale=scale, kv_lengths=kv_lengths)
@@ -312,7 +313,7 @@ def layout_of(parts: tuple[Part, ...], config: RainFusionConfig) -> TokenLayout:
 
 
 @lru_cache(maxsize=256)
-def settled(parts: Parts, length: int, sink: Sink) -> tuple[Part, ...]:
+def settled(parts: Parts, length: int, sinks: Sinks) -> tuple[Part, ...]:
     """The parts of a sequence of that length: `REST` has its tokens, and grids of several frames have their sink.
 
     Raises:
@@ -325,13 +326,15 @@ def settled(parts: Parts, length: int, sink: Sink) -> tuple[Part, ...]:
             f"a sequence of {length} tokens does not hold the parts {', '.join(map(str, parts))} of {given}; the "
             "adapter of this model describes another sequence"
         )
-    return tuple(_settled(part, left, sink) for part in parts)
+    return tuple(_settled(part, left, sinks) for part in parts)
 
 
-def _settled(part: Part | Rest, left: int, sink: Sink) -> Part:
+def _settled(part: Part | Rest, left: int, sinks: Sinks) -> Part:
     if isinstance(part, Rest):
         return Text(left)
-    return replace(part, sink=sink) if isinstance(part, Grid) and part.sink == "first_frame" else part
+    if isinstance(part, Grid) and part.sink == "first_frame":
+        return replace(part, sink=sinks.of(part.frames))
+    return part
 
 
 def _no_time() -> None:

@@ -30,7 +30,7 @@ configs = st.builds(
     dense_layers=st.lists(st.integers(-60, 60), max_size=4).map(tuple),
     block=st.sampled_from([128, 16, (128, 64)]),
     window=st.none() | st.just((2, 8, 8)),
-    sink=st.sampled_from([None, "first_frame", "last_frame_keys", ("first_frame", "last_frame")]),
+    sink=st.sampled_from(["auto", None, "first_frame", "last_frame_keys", ("first_frame", "last_frame")]),
     omitted=st.sampled_from(["drop", "summary"]),
     share_masks=st.booleans(),
     order=st.sampled_from(["auto", "layer"]),
@@ -160,3 +160,24 @@ def test_numbers_of_numpy_are_numbers():
 def test_what_is_no_configuration_is_refused(text, said):
     with pytest.raises(PolicyError, match=said):
         RainFusionConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("frames", "sparsity", "sink"),
+    [
+        (21, 0.8, "first_frame"),  # its rows and columns take .093 of the pairs, of .2 that are kept
+        (21, 0.85, None),
+        (33, 0.85, "first_frame"),
+        (33, 0.9, None),
+        (21, (0.7, 0.9), "first_frame"),
+        (21, {0: 0.5, 3: 0.9}, None),
+        (1, 0.1, None),
+    ],
+)
+def test_the_sink_is_left_out_where_it_takes_most_of_what_is_kept(frames, sparsity, sink):
+    assert RainFusionConfig(sparsity=sparsity).sinks.of(frames) == sink
+
+
+def test_a_later_sparsity_counts_for_the_sink_and_a_named_one_stays():
+    assert RainFusionConfig(sparsity=0.5, sparsity_from_step={10: 0.9}).sinks.of(21) is None
+    assert RainFusionConfig(sparsity=0.9, sink="first_frame").sinks.of(21) == "first_frame"

@@ -13,7 +13,7 @@ from rainfusion import Grid, Text
 from rainfusion.core.errors import LayoutError, PolicyError
 from rainfusion.integrations import engine as engines
 from rainfusion.integrations.clock import Clock, Reading
-from rainfusion.integrations.config import RainFusionConfig
+from rainfusion.integrations.config import RainFusionConfig, Sinks
 from rainfusion.integrations.engine import REST, Engine, settled
 from rainfusion.integrations.report import Log
 
@@ -302,9 +302,10 @@ def test_a_host_can_say_why_a_call_or_a_forward_stays_dense(host):
 
 
 def test_rest_is_the_text_that_is_left():
-    assert settled((GRID, REST), 130, "last_frame") == (Grid(2, 8, 8, sink="last_frame"), Text(2))
-    assert settled((REST, GRID), 128, None) == (Text(0), Grid(2, 8, 8, sink=None))
-    assert settled((Grid(2, 8, 8, sink=None),), 128, "last_frame") == (Grid(2, 8, 8, sink=None),)
+    last = Sinks("last_frame", 0.2)
+    assert settled((GRID, REST), 130, last) == (Grid(2, 8, 8, sink="last_frame"), Text(2))
+    assert settled((REST, GRID), 128, Sinks(None, 0.2)) == (Text(0), Grid(2, 8, 8, sink=None))
+    assert settled((Grid(2, 8, 8, sink=None),), 128, last) == (Grid(2, 8, 8, sink=None),)
     assert repr(REST) == "REST"
 
 

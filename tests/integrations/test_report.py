@@ -66,7 +66,7 @@ def test_density_and_counts():
     assert made.density == pytest.approx((4 + 6 * 0.25) / 10)
     assert report(()).density is None
     assert report((Row("transformer", 0, 0, "", 0, "skipped", "not called", 1.0),)).density is None
-    with pytest.raises(AttributeError):
+    with pytest.raises(ReportFormatError, match="column='colour' is not known"):
         made.count(colour="red")
 
 

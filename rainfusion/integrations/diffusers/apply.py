@@ -262,7 +262,7 @@ class Applied:
             return None
         if hoist.fits is not None and not hoist.fits(self.model, arguments):
             return None
-        whole = settled(parts, sum(part.count for part in parts if not isinstance(part, Rest)), config.sink)
+        whole = settled(parts, sum(part.count for part in parts if not isinstance(part, Rest)), self.engine.sinks)
         return layout_of(whole, config)
 
     @torch.compiler.disable

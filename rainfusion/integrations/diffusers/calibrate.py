@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rainfusion.core.checks import as_flag, as_int, as_share, shown
 from rainfusion.core.errors import RainfusionWarning, SparsityWarning
 from rainfusion.integrations.calibration import SHARES, Calibration, Checked, ErrorTable, ascending
-from rainfusion.integrations.config import ConfigError, RainFusionConfig
+from rainfusion.integrations.config import AUTO, ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.apply import Applied, Handle, apply_rainfusion
 from rainfusion.integrations.diffusers.identity import digest_of
 from rainfusion.integrations.diffusers.replay import Forward, Spread
@@ -53,8 +53,8 @@ def calibrate(
         prompts: texts, or mappings of the pipeline's arguments; anything where `run` is given. A few that differ
             are enough.
         sparsity: mean share of block pairs to skip, of the budgets that are solved and checked.
-        config: block, window, sink, omitted and the like that budgets will be used with; calls that it says are dense
-            take no part. Its sparsity is not read.
+        config: block, window, sink, omitted and the like that budgets will be used with; ``sink="auto"`` is None here.
+            Calls that it says are dense take no part. Its sparsity is not read.
         shares: that are measured, ascending; `sparsity` is added to them. One that cannot be reached beside what
             every row keeps is left out with a warning.
         run: called with each prompt in place of the pipeline: for loops of your own, and for bare models.
@@ -85,7 +85,8 @@ def calibrate(
     sensitivity, progress = (
         as_flag(v, n, ConfigError) for n, v in (("sensitivity", sensitivity), ("progress", progress))
     )
-    config = replace(RainFusionConfig() if config is None else config, sparsity=share)
+    config = RainFusionConfig() if config is None else config
+    config = replace(config, sparsity=share, sink=None if config.sink == AUTO else config.sink)
     listed, run = _prompts(prompts), _run_of(target, run, call)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SparsityWarning)  # of shares that are only tried
