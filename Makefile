@@ -2,11 +2,12 @@
 #   make demo    dense against sparse attention on a real clip, with a picture
 #   make check   lint, types, import contracts and the quick tests, in under a minute once it is set up
 #   make test    all of that and the whole suite, as CI runs them
+#   make quality a small trained video model, dense against sparse, in about a quarter of an hour
 
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo check test docs clean
+.PHONY: demo check test quality docs clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/rainfusion run bikes --png demo/bikes.png
@@ -23,12 +24,17 @@ test: check .venv-npu/ready
 	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 	.venv-test/bin/python -m hw_matrix check
 
+quality: .venv-quality/ready
+	.venv-quality/bin/python benchmarks/quality/measure.py --groups quick --device cpu --scenes 2 --steps 8 \
+	  --grid 21x16x16 --json quality/quick.json --picture quality/quick.png
+
 docs: .venv-docs/ready
 	.venv-docs/bin/sphinx-build --fail-on-warning --fresh-env docs docs/_build/html
 
 .venv-demo/ready: EXTRAS = demo
 .venv-test/ready: EXTRAS = test
 .venv-docs/ready: EXTRAS = docs
+.venv-quality/ready: EXTRAS = quality
 
 # A second environment for tests/ascend: torch_npu beside torch, which then needs CANN or a stand-in to be imported.
 # Where its wheel cannot be had, what pip said is kept, and those tests are skipped with it (CI fails instead).
@@ -44,4 +50,4 @@ docs: .venv-docs/ready
 	touch $@
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-npu .venv-docs demo docs/_build
+	rm -rf .venv-demo .venv-test .venv-npu .venv-docs .venv-quality demo quality docs/_build

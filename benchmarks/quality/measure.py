@@ -2,7 +2,7 @@
 
     python benchmarks/quality/measure.py --json quality.json
     python benchmarks/quality/measure.py --groups sinks --grid 33x24x24 --json sinks-33.json
-    python benchmarks/quality/measure.py --groups quick --grid 9x16x16 --device cpu --scenes 2 --steps 8
+    python benchmarks/quality/measure.py --groups quick --grid 21x16x16 --device cpu --scenes 2 --steps 8 --json q.json
 
 Every run starts from the same noise, scenes and dense kernel. Half of the scenes have their first frame given, half
 their middle one. `page.py` makes the tables and pictures of docs/quality.md from the records.
@@ -28,7 +28,7 @@ from diffusers.models.transformers import transformer_wan
 from torch import Tensor
 
 import rainfusion
-from quality import applied, metrics, scenes
+from quality import applied, metrics, pictures, scenes
 from quality import model as video
 from quality.groups import GROUPS, Run
 from quality.rules import Sizes
@@ -46,7 +46,7 @@ def main() -> None:
     warnings.simplefilter("ignore", RainfusionWarning)
     bench = Bench(args)
     record = {"environment": environment(), "weights": video.digest(args.weights), **bench.facts(), "runs": []}
-    pictures = {"truth": _frames(bench.asked.video), "dense": _frames(bench.dense)}
+    kept = {"truth": _frames(bench.asked.video), "dense": _frames(bench.dense)}
     for group in args.groups:
         for run in GROUPS[group](bench.grid):
             started = time.perf_counter()
@@ -55,11 +55,14 @@ def main() -> None:
             record["runs"].append(row)
             _say(row)
             if run.picture:
-                pictures[f"{run.rule.name} {run.share} {run.note}".strip()] = _frames(made)
+                kept[f"{run.rule.name} {run.share} {run.note}".strip()] = _frames(made)
             if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if args.pictures:
-        np.savez_compressed(args.pictures, **pictures)
+    if args.frames:
+        np.savez_compressed(args.frames, **kept)
+    if args.picture:
+        pictures.frames(kept, args.picture)
 
 
 class Bench:
@@ -197,7 +200,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--weights", type=Path, default=video.ASSET)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--pictures", type=Path, help="where to save frames, as .npz")
+    parser.add_argument("--frames", type=Path, help="where to save some frames, as .npz")
+    parser.add_argument("--picture", type=Path, help="where to draw them side by side, as .png")
     return parser.parse_args()
 
 

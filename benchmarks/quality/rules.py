@@ -145,7 +145,7 @@ def compensation_error(q: Tensor, k: Tensor, layout: TokenLayout, scale: float) 
 
 
 def _pieces(x: Tensor, block: int, pieces: int) -> Tensor:
-    """Means of the pieces of every block ``[B, H, blocks * pieces, D]``; a piece without tokens has the block's mean."""
+    """Means of the pieces of blocks ``[B, H, blocks * pieces, D]``; a piece without tokens has its block's."""
     size = block // pieces
     missing = -x.shape[2] % block
     counts = torch.nn.functional.pad(torch.ones_like(x[..., :1]), (0, 0, 0, missing)).unflatten(2, (-1, size)).sum(3)
