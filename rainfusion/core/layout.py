@@ -350,10 +350,10 @@ def _orders(layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         LayoutError: of more tokens than are ordered, before memory is taken.
     """
-    tokens = sum(part.count for part in layout.parts)
-    if tokens > _MOST_ORDERED:
+    total = sum(part.count for part in layout.parts)
+    if total > _MOST_ORDERED:
         raise LayoutError(
-            f"the block order of {tokens} tokens and its inverse take {16 * tokens} bytes; at most {_MOST_ORDERED} "
+            f"the block order of {total} tokens and its inverse take {16 * total} bytes; at most {_MOST_ORDERED} "
             "tokens are ordered. Give order='given', or parts of fewer tokens"
         )
     windows, remainders, others = [], [], []

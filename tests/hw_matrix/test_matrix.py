@@ -285,6 +285,19 @@ def test_malformed_targets_are_refused(tmp_path: Path, old: str, new: str, said:
     assert said in str(refusal.value)
 
 
+@pytest.mark.parametrize("text", ["chips = 3", "target = 3", "target = [3]", "[chips]\ncard = 3", "a = " + "[" * 9999])
+def test_targets_of_another_structure_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "targets.toml").write_text(text)
+    with pytest.raises(MatrixError):
+        read_targets(tmp_path / "targets.toml")
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    for path in (tmp_path, Path("/dev/zero")):
+        with pytest.raises(MatrixError, match="is not a regular file"):
+            read_targets(path)
+
+
 def test_malformed_records_are_refused(read: Read) -> None:
     with pytest.raises(MatrixError, match=r"acme-card\.json is not a report"):
         read(acme_card={"rainfusion_report": 3})
