@@ -44,8 +44,8 @@ def denoised(bench: Bench, run: Run) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _calibration(bench: Bench, config: RainFusionConfig) -> Calibration:
-    """Of other scenes than those that are measured; one for each sink and treatment of omitted blocks."""
-    key = (config.sink, config.omitted)
+    """Of other scenes than those that are measured; one for all shares."""
+    key = (config.sink, config.omitted, config.window, config.block)
     if key not in _calibrations:
         asked, noise = bench.tuning
         _calibrations[key] = calibrate(

@@ -103,6 +103,18 @@ def budgets(grid: Sizes) -> list[Run]:
     return runs
 
 
+def combined(grid: Sizes) -> list[Run]:
+    """Budgets a head together with windows deeper in time and with smaller blocks."""
+    base = {"sink": None, "omitted": "summary"}
+    more: list[dict[str, Any]] = [{"window": (4, 4, 8)}, {"window": (8, 4, 4)}, {"block": 64}]
+    more.append({"window": (4, 4, 4), "block": 64})
+    return [
+        Run(Rule(str(also), settings={**base, **also}), share, note="budgets a head", config={"calibrated": True})
+        for also in more
+        for share in (0.8, 0.9, 0.95)
+    ]
+
+
 def reuse(grid: Sizes) -> list[Run]:
     """Masks that are used again, by age and by drift."""
     rule = sink(None, "none", "drop")
@@ -132,6 +144,7 @@ GROUPS: dict[str, Callable[[Sizes], list[Run]]] = {
     "masses": masses,
     "schedule": schedule,
     "budgets": budgets,
+    "combined": combined,
     "reuse": reuse,
     "quick": quick,
 }

@@ -27,13 +27,11 @@ import torch
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor
 
-import rainfusion
 from quality import applied, metrics, pictures, scenes
 from quality import model as video
 from quality.groups import GROUPS, Run
 from quality.rules import Sizes
 from rainfusion.core.errors import RainfusionWarning
-from rainfusion.core.problem import AttentionProblem
 from rainfusion.demo.metrics import block_mass
 from rainfusion.testing.environment import environment
 
@@ -101,14 +99,7 @@ class Bench:
                 made = video.denoise(self.model, self.asked, self.noise, steps=self.steps, before=before)
             found = watch.found()
         row = {"rule": run.rule.name, "asked": run.share, "dense_steps": run.dense_steps, "note": run.note}
-        return row | found | self._spent(run) | metrics.compared(made, self.dense), made
-
-    def _spent(self, run: Run) -> dict[str, float]:
-        """What protection takes of the blocks that a plan keeps, and what is free for every row."""
-        length = int(np.prod(self.grid))
-        problem = AttentionProblem(1, 3, length, length, 64, "bfloat16")
-        plan = rainfusion.plan(problem, run.rule.layout(self.grid), run.rule.policy(run.share))
-        return {"protected_share": plan.protected_share or 0.0, "free_blocks_a_row": plan.free_blocks_a_row or 0.0}
+        return row | found | metrics.compared(made, self.dense), made
 
     @contextlib.contextmanager
     def _attention(self, run: Run, watch: Watch) -> Iterator[Any]:
