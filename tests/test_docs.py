@@ -114,7 +114,7 @@ def with_a_tiny_calibration(text: str, names: dict[str, Any]) -> str:
 
     names["denoise"] = denoise
     for asked, given in (
-        ('RainFusionConfig(sink="first_frame_keys", dense_steps=(10, 0))', "tiny"),
+        ('RainFusionConfig(omitted="summary", dense_steps=(10, 0))', "tiny"),
         ("run=sample, sparsity=0.8", "run=sample, config=tiny, every=1, sparsity=0.5"),
         ("prompts, sparsity=0.8", "prompts, every=1, sparsity=0.5"),
     ):
