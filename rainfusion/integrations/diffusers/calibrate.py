@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rainfusion.core.checks import as_flag, as_int, as_share, shown
+from rainfusion.core.checks import as_flag, as_instance, as_int, as_share, shown
 from rainfusion.core.errors import RainfusionWarning, SparsityWarning
 from rainfusion.integrations.calibration import SHARES, Calibration, Checked, ErrorTable, ascending
 from rainfusion.integrations.config import AUTO, ConfigError, RainFusionConfig
@@ -85,7 +85,7 @@ def calibrate(
     sensitivity, progress = (
         as_flag(v, n, ConfigError) for n, v in (("sensitivity", sensitivity), ("progress", progress))
     )
-    config = RainFusionConfig() if config is None else config
+    config = RainFusionConfig() if config is None else as_instance(config, RainFusionConfig, "config", ConfigError)
     config = replace(config, sparsity=share, sink=None if config.sink == AUTO else config.sink)
     listed, run = _prompts(prompts), _run_of(target, run, call)
     with warnings.catch_warnings():
