@@ -118,9 +118,9 @@ class RainFusionConfig:
         self._set("sparsity_from_step", _by_step(self.sparsity_from_step))
         self._set("dense_steps", _pair(self.dense_steps))
         self._set("dense_layers", _layers(self.dense_layers))
-        if isinstance(self.sink, str):
+        if is_named := isinstance(self.sink, str):
             one_of(self.sink, (*SINKS, AUTO), "sink", LayoutError)
-        sink = None if self.sink == AUTO else self.sink
+        sink = None if is_named and self.sink == AUTO else self.sink
         TokenLayout((2, 64, 64), window=self.window, block=self.block, sink=sink)  # refuses what is none
         for name in ("block", "window", "sink"):
             self._set(name, _unaliased(getattr(self, name)))
@@ -252,7 +252,7 @@ def _shares(value: Any, name: str) -> Shares:
         return _head_budgets(value, name)
     if isinstance(value, Mapping) and "tables" in value:
         raise ConfigError(
-            f"{name} is the JSON of a calibration; give Calibration.load(file), or what `rainfusion budgets --json` writes"
+            f"{name} is the JSON of a calibration; give Calibration.load(file), or the JSON of `rainfusion budgets`"
         )
     if isinstance(value, Mapping):
         shares = {_index(key, name): _share(item, f"{name}[{shown(key)}]") for key, item in value.items()}

@@ -120,10 +120,7 @@ REFUSED = [
     ({"window": 5}, "window=5 is not a tuple of 3 whole numbers"),
     ({"window": (1, 2, 2)}, "do not fill whole blocks"),
     ({"sink": "middle_frame"}, "sink='middle_frame' is not known; choose one of 'first_frame'.*, 'auto'"),
-    (
-        {"sparsity": {"format": "", "tables": []}},
-        r"JSON of a calibration; give Calibration\.load",
-    ),
+    ({"sparsity": {"format": "", "tables": []}}, r"JSON of a calibration; give Calibration\.load"),
     ({"omitted": "zero"}, "omitted='zero' is not known; choose one of 'drop', 'summary'"),
     ({"order": "given"}, "order='given' is not known; choose one of 'auto', 'layer'"),
     ({"on_grad": "ignore"}, "on_grad='ignore' is not known; choose one of 'raise', 'dense'"),

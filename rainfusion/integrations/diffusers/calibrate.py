@@ -45,8 +45,8 @@ def calibrate(
     """Measure the error of every head at several shares of skipped blocks; budgets for any mean share follow from it.
 
     The models run dense, so that every layer sees what it sees in a dense run. At a measured step, each attention call
-    is made once more for each share. Then the weights of the layers take ``probes * layers`` forwards of a model, and
-    the check of the budgets ``3 * probes``.
+    is made once more for each share. Then the weights of the layers take ``probes * (layers + 1)`` forwards of a model,
+    and the check of the budgets ``3 * probes``.
 
     Args:
         target: a pipeline, a model or several models, as for `apply_rainfusion`.
