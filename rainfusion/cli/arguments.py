@@ -174,8 +174,12 @@ def read_sink(text: str, option: str) -> tuple[str, ...] | None:
     return names
 
 
-def shares(text: str) -> float | tuple[float, ...]:
-    """Read one share, or one a head with commas between.
+def shares(text: str, option: str = "--sparsity", each: str = "one share a head") -> float | tuple[float, ...]:
+    """Read one share, or several with commas between.
+
+    Args:
+        option: that gives them.
+        each: what several are.
 
     Raises:
         typer.BadParameter: not numbers.
@@ -184,7 +188,7 @@ def shares(text: str) -> float | tuple[float, ...]:
         read = tuple(float(share) for share in text.split(","))
     except ValueError:
         raise typer.BadParameter(
-            f"{text[:80]!r} is not a number; write 0.8, or one share a head: 0.7,0.9", param_hint="--sparsity"
+            f"{text[:80]!r} is not a number; write 0.8, or {each}: 0.7,0.9", param_hint=option
         ) from None
     return read[0] if len(read) == 1 else read
 

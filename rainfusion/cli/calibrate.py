@@ -62,8 +62,14 @@ def calibrate(
         raise typer.BadParameter(f"{prompts} has no prompt; write one a line", param_hint="--prompts")
     if not out.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="--out")
-    wanted: Any = SHARES if tried is None else shares(tried)
+    if out.is_dir():
+        raise typer.BadParameter(f"{out} is a folder; name a file", param_hint="--out")
+    wanted: Any = SHARES if tried is None else shares(tried, "--shares", "several, ascending")
     target, run = _target_of(factory)
+    if run is not None and steps is not None:
+        raise typer.BadParameter(
+            f"{factory} returns a model and a function that runs it, which sets its own steps", param_hint="--steps"
+        )
     found = measure(
         target,
         listed,

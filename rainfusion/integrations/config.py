@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rainfusion.core.checks import LARGEST, as_int, as_number, one_of, shown
-from rainfusion.core.errors import PolicyError
+from rainfusion.core.errors import LayoutError, PolicyError
 from rainfusion.core.layout import TokenLayout
-from rainfusion.core.parts import Sink
+from rainfusion.core.parts import SINKS, Sink
 from rainfusion.core.policies import TopK
 from rainfusion.core.windows import Sizes
 from rainfusion.integrations.calibration import Calibration
@@ -118,7 +118,9 @@ class RainFusionConfig:
         self._set("sparsity_from_step", _by_step(self.sparsity_from_step))
         self._set("dense_steps", _pair(self.dense_steps))
         self._set("dense_layers", _layers(self.dense_layers))
-        sink = None if isinstance(self.sink, str) and self.sink == AUTO else self.sink
+        if is_named := isinstance(self.sink, str):
+            one_of(self.sink, (*SINKS, AUTO), "sink", LayoutError)
+        sink = None if is_named and self.sink == AUTO else self.sink
         TokenLayout((2, 64, 64), window=self.window, block=self.block, sink=sink)  # refuses what is none
         for name in ("block", "window", "sink"):
             self._set(name, _unaliased(getattr(self, name)))
@@ -248,6 +250,10 @@ def _unaliased(value: Any) -> Any:
 def _shares(value: Any, name: str) -> Shares:
     if isinstance(value, Calibration | HeadBudgets) or (isinstance(value, Mapping) and "models" in value):
         return _head_budgets(value, name)
+    if isinstance(value, Mapping) and "tables" in value:
+        raise ConfigError(
+            f"{name} is the JSON of a calibration; give Calibration.load(file), or the JSON of `rainfusion budgets`"
+        )
     if isinstance(value, Mapping):
         shares = {_index(key, name): _share(item, f"{name}[{shown(key)}]") for key, item in value.items()}
         return MappingProxyType(dict(sorted(shares.items())))

@@ -15,7 +15,7 @@ import numpy as np
 from array_api_compat import device as device_of
 
 from rainfusion.core.arrays import namespace, to_numpy
-from rainfusion.core.checks import as_number, shown
+from rainfusion.core.checks import as_instance, as_number, shown
 from rainfusion.core.mask import PackedMask
 from rainfusion.core.ops.means import compute_dtype
 from rainfusion.integrations.call import Call
@@ -62,12 +62,13 @@ def drift_threshold(rows: Iterable[DriftRow], extra: float = 0.1) -> float:
         while nothing changes.
 
     Raises:
-        ConfigError: no rows, an error that is not finite, or `extra` below 0.
+        ConfigError: no rows or other things, an error that is not finite, or `extra` below 0.
     """
     if as_number(extra, "extra", ConfigError, "a number from 0") < 0:
         raise ConfigError(f"extra={shown(extra)} is below 0; give a number from 0")
+    listed = [as_instance(row, DriftRow, "a row", ConfigError) for row in rows]
     # A drift that is NaN never uses a mask again.
-    ascending = sorted((row for row in rows if not math.isnan(row.drift)), key=lambda row: row.drift)
+    ascending = sorted((row for row in listed if not math.isnan(row.drift)), key=lambda row: row.drift)
     if not ascending:
         raise ConfigError("there are no rows; measure them with refresh_every above 1 in a run of two steps or more")
     drifts = np.asarray([row.drift for row in ascending])

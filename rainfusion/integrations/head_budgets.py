@@ -65,6 +65,7 @@ class Binding:
         set_field(self, "sink", tuple(as_list(self.sink, "sink", len(SINKS))))
         for name in self.sink:
             one_of(name, SINKS[:-1], "sink", CalibrationError)
+        set_field(self, "sink", sinks_of(self.sink))
 
     def objection(self, model: str, digest: str, layers: int) -> str:
         """Why this is not the model that is bound, and what to do; empty where it is."""
@@ -224,8 +225,9 @@ def pair_of(block: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def sinks_of(sink: Sink) -> tuple[str, ...]:
-    """The names of a sink."""
-    return (sink,) if isinstance(sink, str) else tuple(sink or ())
+    """The names of a sink, in one order: a sink is the same however its frames are listed."""
+    named = (sink,) if isinstance(sink, str) else tuple(sink or ())
+    return tuple(sorted(named))
 
 
 def record_as(cls: type[Any], record: Any, name: str) -> Any:

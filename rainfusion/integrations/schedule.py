@@ -55,7 +55,7 @@ class Schedule:
         for name, shares in {"sparsity": self._sparsity, **_named(self._from_step)}.items():
             by_layer = shares if isinstance(shares, Mapping) else {"": shares}
             for layer, share in by_layer.items():
-                if isinstance(share, tuple) and len(share) not in (1, heads):
+                if isinstance(share, tuple) and len(share) != heads:
                     where = f"{name}[{layer}]" if layer != "" else name
                     raise ConfigError(f"{where} has {len(share)} shares, one a head, and the model has {heads} heads")
         self._heads = heads

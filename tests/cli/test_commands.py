@@ -703,6 +703,12 @@ def test_calibrate_as_json(folder, capfd, monkeypatch):
         ({2: "empty.txt"}, "empty.txt has no prompt; write one a line"),
         ({2: "/dev/zero"}, "is not a regular file"),
         ({4: "none/out.json"}, "there is no folder none"),
+        ({4: "."}, "--out: . is a folder; name a file"),
+        ({7: "--shares", 8: "0.5,x"}, "--shares: '0.5,x' is not a number; write 0.8, or several, ascending: 0.7,0.9"),
+        (
+            {0: "own_pipelines:model", 7: "--steps", 8: "2"},
+            "--steps: own_pipelines:model returns a model and a function",
+        ),
         ({6: "prompts.txt"}, "a configuration is a JSON object"),
         ({8: "0"}, "sparsity=0 skips nothing"),
     ],

@@ -303,6 +303,13 @@ def test_another_model_or_other_blocks_are_refused(identity, other, said):
         config(sparsity=calibration(), **other).for_model("Model", *identity)
 
 
+def test_a_sink_is_the_same_in_any_order():
+    one, other = ("first_frame", "last_frame"), ("last_frame", "first_frame")
+    made = replace(calibration().tables[0].binding, sink=one)
+    assert made.mismatch(made.block, made.window, other) == ""
+    assert replace(made, sink=other) == made
+
+
 def test_an_unknown_name_among_several_models_is_refused():
     two = Calibration((table("transformer"), table("transformer_2")), 0.5)
     own = config(sparsity=two).for_model("transformer_2", "Model", "abc", LAYERS)

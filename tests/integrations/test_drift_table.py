@@ -48,6 +48,7 @@ def test_masks_that_lose_more_at_once_are_used_only_while_nothing_changes():
     ("rows", "extra", "message"),
     [
         ([], 0.1, "there are no rows; measure them with refresh_every above 1"),
+        (["a row"], 0.1, "a row='a row' is a str; give a DriftRow"),
         ([row(0.1)], -1, "extra=-1 is below 0"),
         ([row(0.1)], "much", "extra='much' is not a finite number"),
         ([row(0.1, math.nan)], 0.1, "errors that are not finite"),

@@ -52,6 +52,13 @@ def test_shares_by_head():
     assert schedule(sparsity=(0, 0)).decide(0, None, 0).why == "sparsity 0"
 
 
+@pytest.mark.parametrize("shares", [(0.5,), (0.5, 0.5, 0.5), {1: (0.5,)}], ids=str)
+def test_shares_for_another_number_of_heads_are_refused_at_the_first_step(shares):
+    number = 3 if len(shares) == 3 else 1
+    with pytest.raises(ConfigError, match=f"has {number} shares, one a head, and the model has 2 heads"):
+        schedule(sparsity=shares, dense_steps=(3, 0)).check_heads(2)
+
+
 def test_shares_by_step():
     made = schedule(sparsity=0.5, sparsity_from_step={6: 0, 2: 0.8, 4: {0: 0.9}})
     assert [made.decide(step, None, 0).share for step in range(8)] == [0.5, 0.5, 0.8, 0.8, 0.9, 0.9, None, None]

@@ -51,6 +51,7 @@ def apply_rainfusion(target: Any, config: RainFusionConfig | None = None, **sett
     models, pipeline = models_of(target)
     if any(_applied(model) for model in models.values()):
         raise ConfigError("rainfusion is applied already; call remove() of its handle, or remove_rainfusion, first")
+    _refuse_shared_budgets(config, models)
     clock, log = Clock(), Log(config.report_rows)
     applied = [
         Applied(model, adapter, config, clock, log, name, pipeline)
@@ -218,6 +219,7 @@ class Applied:
         self._hooks = []
         for layer in self.layers:
             layer.release()
+        self.engine.reset()  # a handle may be kept for its report: masks are not
         HookRegistry.check_if_exists_or_initialize(self._holder).remove_hook(_HOOK, recurse=False)
         self._forget_registries()
 
@@ -379,6 +381,16 @@ def _by_scheduler(pipeline: Any) -> tuple[int | None, int | None]:
     step = begin if scheduler.step_index is None else scheduler.step_index
     step, steps = step - begin, len(timesteps) - begin
     return (step if step < steps else None), steps  # all done: another pipeline runs, with a scheduler of its own
+
+
+def _refuse_shared_budgets(config: RainFusionConfig, models: Mapping[str, nn.Module]) -> None:
+    """Refuse budgets of one model for several: by the name of its class they would serve all, and one was measured."""
+    for given, budgets in config.head_budgets().items():
+        if len(budgets.models) == 1 < len(models):
+            raise ConfigError(
+                f"the head budgets in {given} are of one model, and these are {len(models)}: {', '.join(models)}; "
+                "calibrate them together, or apply the budgets to that model alone"
+            )
 
 
 def _bound(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rainfusion.core.checks import as_flag, as_int, as_share, shown
+from rainfusion.core.checks import as_flag, as_instance, as_int, as_share, shown
 from rainfusion.core.errors import RainfusionWarning, SparsityWarning
 from rainfusion.integrations.calibration import SHARES, Calibration, Checked, ErrorTable, ascending
 from rainfusion.integrations.config import AUTO, ConfigError, RainFusionConfig
@@ -45,8 +45,8 @@ def calibrate(
     """Measure the error of every head at several shares of skipped blocks; budgets for any mean share follow from it.
 
     The models run dense, so that every layer sees what it sees in a dense run. At a measured step, each attention call
-    is made once more for each share. Then the weights of the layers take ``probes * layers`` forwards of a model, and
-    the check of the budgets ``3 * probes``.
+    is made once more for each share. Then the weights of the layers take ``probes * (layers + 1)`` forwards of a model,
+    and the check of the budgets ``3 * probes``.
 
     Args:
         target: a pipeline, a model or several models, as for `apply_rainfusion`.
@@ -85,7 +85,7 @@ def calibrate(
     sensitivity, progress = (
         as_flag(v, n, ConfigError) for n, v in (("sensitivity", sensitivity), ("progress", progress))
     )
-    config = RainFusionConfig() if config is None else config
+    config = RainFusionConfig() if config is None else as_instance(config, RainFusionConfig, "config", ConfigError)
     config = replace(config, sparsity=share, sink=None if config.sink == AUTO else config.sink)
     listed, run = _prompts(prompts), _run_of(target, run, call)
     with warnings.catch_warnings():

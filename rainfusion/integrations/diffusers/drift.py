@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rainfusion.core.checks import as_instance, shown
 from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.apply import apply_rainfusion
 from rainfusion.integrations.drift_table import DriftProbe, DriftRow
@@ -26,9 +27,12 @@ def measure_drift(target: Any, run: Callable[[], Any], config: RainFusionConfig)
         Rows in the order in which they were measured.
 
     Raises:
-        ConfigError: `refresh_every` is 1, and as `apply_rainfusion`.
+        ConfigError: `refresh_every` is 1, `run` is no function, and as `apply_rainfusion`.
         UnknownModelError: as `apply_rainfusion`.
     """
+    as_instance(config, RainFusionConfig, "config", ConfigError)
+    if not callable(run):
+        raise ConfigError(f"run={shown(run)} is not a function; give lambda: pipe(prompt), for example")
     if config.refresh_every == 1:
         raise ConfigError("refresh_every=1 uses no mask again; give the most steps that a mask may be used for")
     rows: list[DriftRow] = []

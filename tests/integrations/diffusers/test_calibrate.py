@@ -231,6 +231,13 @@ def test_another_model_is_refused_and_stays_as_it_was(calibration):
     assert hooks(model) == before
 
 
+def test_budgets_of_one_model_do_not_serve_two(calibration):
+    pipe = wan_pipeline(experts=2)
+    with pytest.raises(ConfigError, match="are of one model, and these are 2: transformer, transformer_2; calibrate"):
+        apply_rainfusion(pipe, settings(sparsity=calibration, **BLOCKS))
+    apply_rainfusion(pipe.transformer_2, settings(sparsity=calibration, **BLOCKS)).remove()
+
+
 def test_another_grid_is_said_once_and_used(calibration):
     model = built()
     with apply_rainfusion(model, settings(sparsity=calibration, **BLOCKS)) as handle:
@@ -248,7 +255,7 @@ def test_other_omitted_blocks_are_said(calibration):
 def test_a_digest_is_of_the_models_own_configuration():
     one, other = wan(0), wan(1)
     assert digest_of(one) == digest_of(other)
-    one.register_to_config(_name_or_path="/somewhere", _diffusers_version="9")
+    one.register_to_config(_name_or_path="/somewhere", _diffusers_version="9", quantization_config={"bits": 8})
     assert digest_of(one) == digest_of(other)
     assert digest_of(one) != digest_of(wan(ffn_dim=32))
     assert digest_of(torch.nn.Linear(1, 1)) == digest_of(torch.nn.ReLU())
@@ -308,6 +315,7 @@ def test_calls_that_were_all_dense_are_told_with_the_reason():
         ({"progress": "yes"}, "progress='yes' is not a truth value"),
         ({"run": 3}, "run=3 is not a function of a prompt"),
         ({"run": print}, "num_inference_steps, output_type: arguments of a pipeline, which run takes the place of"),
+        ({"config": {"block": 16}}, "config={'block': 16} is a dict; give a RainFusionConfig"),
         ({"config": settings(sink="first_frame"), "sparsity": 0.9}, r"sparsity=0\.9 cannot be reached"),
     ],
 )

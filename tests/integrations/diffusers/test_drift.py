@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rainfusion.integrations.diffusers import ConfigError, apply_rainfusion, drift_threshold, measure_drift
-from tests.integrations.diffusers.pipelines import LAYERS, kinds, run, settings, wan, wan_pipeline
+from tests.integrations.diffusers.pipelines import LAYERS, inputs, kinds, run, settings, wan, wan_pipeline
 
 pytestmark = pytest.mark.usefixtures("as_pipelines_run")
 STEPS = 5
@@ -54,6 +54,24 @@ def test_drift_is_measured_in_a_run_that_it_does_not_change(share_masks):
 def test_drift_needs_steps_between():
     with pytest.raises(ConfigError, match="refresh_every=1 uses no mask again"):
         measure_drift(wan(), list, settings())
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(ConfigError, match="config=None is a NoneType; give a RainFusionConfig"):
+        measure_drift(wan(), list, None)
+    with pytest.raises(ConfigError, match="run='a cat' is not a function"):
+        measure_drift(wan(), "a cat", settings(refresh_every=2))
+
+
+def test_a_handle_that_is_kept_for_its_report_keeps_no_masks():
+    model = wan()
+    handle = apply_rainfusion(model, settings(refresh_every=3))
+    model(**inputs())
+    engine = handle._applied[0].engine
+    assert len(engine._masks) == LAYERS
+    handle.remove()
+    assert len(engine._masks) == 0
+    assert handle.report().count(kind="sparse") == LAYERS
 
 
 def test_a_measurement_that_fails_leaves_nothing_behind():
