@@ -25,7 +25,7 @@ test: check .venv-npu/ready
 	.venv-test/bin/python -m hw_matrix check
 
 quality: .venv-quality/ready
-	.venv-quality/bin/python benchmarks/quality/measure.py --groups quick --device cpu --scenes 2 --steps 8 \
+	.venv-quality/bin/python benchmarks/quality/measure.py --groups quick --device cpu --scenes 2 --steps 12 \
 	  --grid 21x16x16 --json quality/quick.json --picture quality/quick.png
 
 docs: .venv-docs/ready

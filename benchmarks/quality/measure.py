@@ -2,7 +2,7 @@
 
     python benchmarks/quality/measure.py --json quality.json
     python benchmarks/quality/measure.py --groups sinks --grid 33x24x24 --json sinks-33.json
-    python benchmarks/quality/measure.py --groups quick --grid 21x16x16 --device cpu --scenes 2 --steps 8 --json q.json
+    python benchmarks/quality/measure.py --groups quick --grid 21x16x16 --device cpu --scenes 2 --steps 12 --json q.json
 
 Every run starts from the same noise, scenes and dense kernel. Half of the scenes have their first frame given, half
 their middle one. `page.py` makes the tables and pictures of docs/quality.md from the records.

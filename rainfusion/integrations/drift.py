@@ -96,7 +96,8 @@ def _moved(new: Array, old: Array, xp: Any) -> Array:
     """Relative change, ``[batch, heads]``."""
     dtype = compute_dtype(new, xp)
     old = xp.astype(old, dtype, copy=False)
-    return _norm(xp.astype(new, dtype, copy=False) - old, xp) / xp.clip(_norm(old, xp), min=_TINY)
+    # Not by clip, which waits for the device in older versions of array-api-compat.
+    return _norm(xp.astype(new, dtype, copy=False) - old, xp) / (_norm(old, xp) + _TINY)
 
 
 def _norm(x: Array, xp: Any) -> Array:

@@ -181,4 +181,5 @@ def test_the_sink_is_left_out_where_it_takes_most_of_what_is_kept(frames, sparsi
 
 def test_a_later_sparsity_counts_for_the_sink_and_a_named_one_stays():
     assert RainFusionConfig(sparsity=0.5, sparsity_from_step={10: 0.9}).sinks.of(21) is None
+    assert RainFusionConfig(sparsity=0.5, omitted="summary").sinks.of(21) is None
     assert RainFusionConfig(sparsity=0.9, sink="first_frame").sinks.of(21) == "first_frame"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rainfusion import BlockMask, Grid, Text, TokenLayout
 from rainfusion.integrations import reuse
@@ -368,6 +369,23 @@ def test_drift_is_the_definition(library):
 
 
 # -- around it -----------------------------------------------------------------------------------------
+
+
+def test_nothing_that_drift_does_waits_for_a_device():
+    done = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            done.append(operator.overloadpacket.__name__)
+            return operator(*args, **kwargs or {})
+
+    sampler, layout = Sampler(), TokenLayout((2, 8, 8), block=16, sink=None)
+    q = torch.randn(1, 128, 4, 8)
+    reference = sampler.means(q, q, layout, "window")
+    with Watch():
+        drift(sampler.means(q + 1, q, layout, "window"), reference)
+    assert "sum" in done
+    assert not {*done} & {"_local_scalar_dense", "nonzero", "index", "masked_select", "lift_fresh", "_to_copy"}
 
 
 def test_the_report_says_how_many_masks_were_used_again(heads):

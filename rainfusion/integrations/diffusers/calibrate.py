@@ -18,7 +18,7 @@ from rainfusion.integrations.config import AUTO, ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.apply import Applied, Handle, apply_rainfusion
 from rainfusion.integrations.diffusers.identity import digest_of
 from rainfusion.integrations.diffusers.replay import Forward, Spread
-from rainfusion.integrations.head_budgets import Binding, CalibrationError, pair_of, sinks_of
+from rainfusion.integrations.head_budgets import Binding, CalibrationError, HeadBudgets, pair_of, sinks_of
 from rainfusion.integrations.measure import Budgeted, HeadErrors, OneLayer
 from rainfusion.integrations.progress import Bar
 from rainfusion.integrations.schedule import Schedule
@@ -54,7 +54,7 @@ def calibrate(
             are enough.
         sparsity: mean share of block pairs to skip, of the budgets that are solved and checked.
         config: block, window, sink, omitted and the like that budgets will be used with; ``sink="auto"`` is None here.
-            Calls that it says are dense take no part. Its sparsity is not read.
+            Calls that it says are dense take no part. Its sparsity is not read, nor head budgets of later steps.
         shares: that are measured, ascending; `sparsity` is added to them. One that cannot be reached beside what
             every row keeps is left out with a warning.
         run: called with each prompt in place of the pipeline: for loops of your own, and for bare models.
@@ -86,7 +86,10 @@ def calibrate(
         as_flag(v, n, ConfigError) for n, v in (("sensitivity", sensitivity), ("progress", progress))
     )
     config = RainFusionConfig() if config is None else as_instance(config, RainFusionConfig, "config", ConfigError)
-    config = replace(config, sparsity=share, sink=None if config.sink == AUTO else config.sink)
+    # Head budgets of a later step are what is to be found anew, and may be of other blocks.
+    later = {step: s for step, s in config.sparsity_from_step.items() if not isinstance(s, HeadBudgets)}
+    sink = None if config.sink == AUTO else config.sink
+    config = replace(config, sparsity=share, sparsity_from_step=later, sink=sink)
     listed, run = _prompts(prompts), _run_of(target, run, call)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SparsityWarning)  # of shares that are only tried

@@ -238,6 +238,13 @@ def test_budgets_of_one_model_do_not_serve_two(calibration):
     apply_rainfusion(pipe.transformer_2, settings(sparsity=calibration, **BLOCKS)).remove()
 
 
+def test_earlier_budgets_in_the_configuration_are_not_read(calibration):
+    config = settings(sparsity=calibration, sparsity_from_step={1: calibration.budget(0.7)}, block=32, sink="auto")
+    model = built()
+    found = calibrate(model, [0], run=loop_of(model), config=config, **QUICK | {"probes": 0})
+    assert (found.tables[0].binding.block, found.tables[0].calls) == ((32, 32), 3 * LAYERS)
+
+
 def test_another_grid_is_said_once_and_used(calibration):
     model = built()
     with apply_rainfusion(model, settings(sparsity=calibration, **BLOCKS)) as handle:
