@@ -64,7 +64,7 @@ def subjects() -> dict[str, Any]:
     }
 
 
-# Executables: what `call` hands from one to the other, after `check`. Constants are a mapping. Policies: what the planner
+# Executables: what `call` hands from one to the other, after `check`. Constants are a mapping. Policies: what planning
 # calls.
 INTERNAL = {"run.compute", "run.check_operands", "run.constants", "run.restore"}
 INTERNAL |= {f"{policy}.score" for policy in ("topk", "shares", "topp", "hybrid", "fixed")}
