@@ -94,7 +94,11 @@ class _Session:
         if subprocess.run(command, env=self._environ(), check=False).returncode:
             print(f"the benchmark {script} failed; the record has no ratios", file=sys.stderr)
             return {}
-        return {"script": " ".join(self.target.benchmark), **json.loads(read_text(file))}
+        try:
+            measured = dict(json.loads(read_text(file)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise MatrixError(f"the benchmark {script} wrote no JSON object: {str(error)[:200]}") from error
+        return {"script": " ".join(self.target.benchmark), **measured}
 
     def _environ(self) -> dict[str, str]:
         """What the target asks for, the name of what stands in for its hardware, and this very package."""

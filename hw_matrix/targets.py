@@ -5,12 +5,14 @@ A chip with `evidence` "emulated" or "contract" is a stand-in: an interpreter, o
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from rainfusion.core.checks import shown
 from rainfusion.core.errors import RainfusionError
@@ -149,10 +151,15 @@ def _chip(key: str, entry: Any) -> Chip:
 def _target(entry: Any, chips: Mapping[str, Chip]) -> Target:
     if not isinstance(entry, dict):
         raise MatrixError(f"target {shown(entry)} is no table")
-    what = f"target {entry.get('backend')}-{entry.get('chip')}"
-    if entry.get("chip") not in chips:
+    if not all(isinstance(entry.get(name), str) for name in ("backend", "chip")):
+        raise MatrixError(f"target {shown(entry)} lacks its names; give backend and chip as text")
+    what = f"target {entry['backend']}-{entry['chip']}"
+    if entry["chip"] not in chips:
         raise MatrixError(f"{what} names no chip; give one of {', '.join(chips)}")
     target = _built(Target, what, {**entry, "chip": chips[entry["chip"]]})
+    for name in ("blocks", "head_dims"):
+        if not _is_claim(getattr(target, name)):
+            raise MatrixError(f"{what}: {name} = {shown(entry[name])} is neither {ANY!r} nor a list of whole numbers")
     if isinstance(target.unsupported, str):
         return target
     missing = [name for name in ("device", "runtime", "dtypes") if not getattr(target, name)]
@@ -171,7 +178,44 @@ def _built(kind: type[T], what: str, entry: dict[str, Any]) -> T:
     required = {f.name for f in known if f.default is MISSING and f.default_factory is MISSING}
     if required - {*entry}:
         raise MatrixError(f"{what} lacks {', '.join(sorted(required - {*entry}))}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    for key, due in get_type_hints(kind).items():
+        if key in values and not _is(values[key], due):
+            raise MatrixError(f"{what}: {key} = {shown(entry[key])} is not {_WORDS[due]}")
+    return kind(**values)
+
+
+_WORDS = {
+    str: "text",
+    tuple[str, ...]: "a list of texts",
+    Mapping[str, str]: "a table of texts",
+    Mapping[str, str] | str: "text, or a table of texts",
+    Mapping[str, float]: "a table of numbers",
+    float | None: "a number",
+}
+
+
+def _is(value: Any, due: Any) -> bool:
+    """Whether a value of a file is of an annotated type, as far as these classes use types."""
+    if isinstance(due, UnionType):
+        return any(_is(value, kind) for kind in get_args(due))
+    if due is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    origin = get_origin(due)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_is(item, get_args(due)[1]) for item in value.values())
+    return due is Any or isinstance(value, due)
+
+
+def _is_claim(value: Any) -> bool:
+    """Whether a value says which blocks or head dims are claimed: any, numbers, or pairs of them."""
+    if value == ANY:
+        return True
+    numbers = [item if isinstance(item, list) else [item] for item in value] if isinstance(value, tuple) else [[None]]
+    same = len({isinstance(item, list) for item in value}) < 2  # they are sorted for the page
+    return same and all(type(number) is int for item in numbers for number in item)
 
 
 def _refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:

@@ -22,6 +22,7 @@ TRACEBACK = "RAINFUSION_TRACEBACK"
 _MOST_SHOWN = 2000  # letters of a message: an argument may be longer than any screen
 # Some versions of typer bring a click of their own, under a private name.
 _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_MOST_DIGITS = 4
 _WIDTH = 120  # columns where the output is no terminal
 
 
@@ -52,6 +53,7 @@ def errors_as_lines() -> Iterator[None]:
     reading, as ``head`` does: no error.
     """
     _prepare_streams()
+    _forget_odd_sizes()
     with warnings.catch_warnings():
         warnings.simplefilter("once", RainfusionWarning)
         warnings.showwarning = _show_warning  # type: ignore[assignment]
@@ -86,6 +88,14 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  # for as long as it runs
     if closed:
         _end_with("standard output is closed; send it to /dev/null to run without it")
+
+
+def _forget_odd_sizes() -> None:
+    """Sizes of a terminal that none has: rich makes numbers of any digits, and lines as wide as it is told."""
+    for name in ("COLUMNS", "LINES"):
+        said = os.environ.get(name, "")
+        if not (said.isascii() and said.isdigit() and len(said) <= _MOST_DIGITS):
+            os.environ.pop(name, None)
 
 
 def _in_words(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Opening a file that somebody else names: a regular one, and no more of it than is allowed.
 
 Opening a pipe waits for its other end, a device may act or never end; their size says 0, so the kind of file is looked
-at first, and once more after it was opened, when nobody can put another in its place.
+at first, and once more after it was opened, when no other can be put in its place.
 """
 
 from __future__ import annotations

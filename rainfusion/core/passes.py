@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rainfusion.core.checks import as_instance, shown
+from rainfusion.core.checks import as_instance, as_share, one_of, shown
 from rainfusion.core.errors import LayoutError, PlanFormatError, PolicyError, ProblemError
 from rainfusion.core.layout import Text, TokenLayout
 from rainfusion.core.ops import (
@@ -240,7 +240,7 @@ def _prior(policy: Policy, plan: Plan) -> list[Op]:
     if prior is None:
         return []
     wide = np.float64 if plan.problem.dtype == "float64" else np.float32
-    array = np.asarray(prior, dtype=wide)
+    array = _array(prior, "prior", policy, wide)
     blocks = (plan.q_axis.blocks, plan.kv_axis.blocks)
     if array.shape not in (blocks, (1, *blocks), (plan.problem.heads, *blocks)) or np.isnan(array).any():
         raise PolicyError(f"the prior of {policy} has shape {array.shape}; give numbers {list(blocks)}, or one a head")
@@ -257,13 +257,24 @@ def _checked(budget: Budget, plan: Plan, policy: Policy) -> Budget:
         raise PolicyError(
             f"the budget of {policy} is a {type(budget).__name__}; give a Budget, or None for a given mask"
         )
-    quotas, rows, heads = np.asarray(budget.quotas), plan.q_axis.free_blocks, plan.problem.heads
+    one_of(budget.over, ("free", "all"), f"over of {policy}'s budget", PolicyError)
+    if budget.mass is not None:
+        as_share(budget.mass, f"mass of {policy}'s budget", PolicyError, top=True)
+    quotas, rows, heads = _array(budget.quotas, "quotas", policy), plan.q_axis.free_blocks, plan.problem.heads
     if quotas.shape not in ((1, rows), (heads, rows)) or quotas.dtype.kind not in "iu":
         raise PolicyError(
             f"the quotas of {policy} are {quotas.dtype} {quotas.shape}; give integers [{heads} or 1, {rows}], one for "
             "every unprotected query block"
         )
     return replace(budget, quotas=np.clip(quotas, 0, _candidates(budget, plan)))
+
+
+def _array(values: Any, name: str, policy: Policy, dtype: Any = None) -> np.ndarray:
+    try:
+        array: np.ndarray = np.asarray(values, dtype=dtype)
+    except Exception as error:  # ragged lists, text where numbers are due, tensors of a device
+        raise PolicyError(f"the {name} of {policy}, {shown(values)}, are no NumPy array: {shown(error)}") from error
+    return array
 
 
 def _candidates(budget: Budget, plan: Plan) -> int:

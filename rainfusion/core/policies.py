@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rainfusion.core.checks import as_share, one_of, shown
+from rainfusion.core.checks import as_instance, as_int, as_share, one_of, shown
 from rainfusion.core.errors import PolicyError
 from rainfusion.core.layout import BlockedAxis
 from rainfusion.core.ops import BlockScore, Op
@@ -64,6 +64,9 @@ class Policy(ABC):
         Args:
             q, kv: how either side is cut into blocks; ``free_blocks`` of them are unprotected and come first.
             heads: query heads.
+
+        Raises:
+            PolicyError: sides that are none of `TokenLayout.axis`, or no number of heads; as the policy's class says.
         """
 
     def prior(self, q: BlockedAxis, kv: BlockedAxis) -> np.ndarray | None:
@@ -135,6 +138,7 @@ class TopK(Policy):
         one_of(self.counting, COUNTINGS, "counting", PolicyError)
 
     def budget(self, q: BlockedAxis, kv: BlockedAxis, heads: int) -> Budget:
+        _check_call(q, kv, heads)
         shares = _per_head(self.sparsity, heads)
         if self.counting == "paper":
             quotas = [np.full(q.free_blocks, math.ceil((1 - share) * kv.blocks)) for share in shares]
@@ -142,6 +146,7 @@ class TopK(Policy):
         return Budget(np.stack([spread(kept_pairs(share, q, kv), q.free_blocks) for share in shares]))
 
     def unreached(self, q: BlockedAxis, kv: BlockedAxis, skipped: float) -> str:
+        _check_call(q, kv)
         if self.counting == "paper":
             return ""
         pairs = q.blocks * kv.blocks
@@ -174,6 +179,7 @@ class TopP(Policy):
             object.__setattr__(self, name, as_share(getattr(self, name), name, PolicyError, top=True))
 
     def budget(self, q: BlockedAxis, kv: BlockedAxis, heads: int) -> Budget:
+        _check_call(q, kv, heads)
         least = max(math.ceil(self.floor * kv.blocks) - (kv.blocks - kv.free_blocks), fewest(kv))
         quotas = kv.free_blocks if self.mass == 1 else min(least, kv.free_blocks)
         return Budget(np.full((1, q.free_blocks), quotas), self.mass)
@@ -199,6 +205,7 @@ class Hybrid(Policy):
         object.__setattr__(self, "mass", as_share(self.mass, "mass", PolicyError, top=True))
 
     def budget(self, q: BlockedAxis, kv: BlockedAxis, heads: int) -> Budget:
+        _check_call(q, kv, heads)
         if self.mass == 1:
             return Budget(np.full((1, q.free_blocks), kv.free_blocks), self.mass)
         return Budget(TopK(self.sparsity).budget(q, kv, heads).quotas, self.mass)
@@ -243,6 +250,12 @@ def spread(total: int, rows: int) -> np.ndarray:
     """Share `total` over `rows` as evenly as whole numbers allow, the larger shares spaced evenly: int64 ``[rows]``."""
     edges = np.arange(rows + 1) * total // max(rows, 1)
     return np.diff(edges)
+
+
+def _check_call(q: Any, kv: Any, heads: Any = 1) -> None:
+    for name, side in (("q", q), ("kv", kv)):
+        as_instance(side, BlockedAxis, name, PolicyError, "TokenLayout.axis")
+    as_int(heads, "heads", PolicyError)
 
 
 def _shares(sparsity: Any) -> float | tuple[float, ...]:

@@ -118,6 +118,31 @@ def test_odd_environments(environment):
     assert "density" in out
 
 
+HUGE = "9" * 100_000  # Linux takes a variable of up to 128 KiB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "status"),
+    [
+        ({"RAINFUSION_BACKEND": HUGE, "RAINFUSION_PLUGINS": HUGE}, (0, 2)),
+        (dict.fromkeys(("RAINFUSION_DISABLED_PLUGINS", "RAINFUSION_OPENVINO_TELEMETRY", "TERM"), HUGE), (0,)),
+        ({"RAINFUSION_PLUGIN_SECONDS": HUGE, "RAINFUSION_PROBE_SECONDS": HUGE}, (0,)),
+        ({"COLUMNS": HUGE, "LINES": HUGE}, (0,)),
+        ({"COLUMNS": "9" * 12}, (0,)),
+        ({"COLUMNS": "²"}, (0,)),
+    ],
+    ids=["backend", "others", "seconds", "terminal", "wide", "digit"],
+)
+def test_huge_environments(variables, status):
+    for arguments in ("--help", "plan --grid 2x4x4 --block 16 --sink none --heads 1 --head-dim 8", "devices"):
+        code, out, err = shell(f"rainfusion {arguments}", **variables)
+        assert "Traceback" not in err
+        assert len(err) < 3000
+        assert len(out) < 30_000
+        assert code in status
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

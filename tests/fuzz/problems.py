@@ -22,6 +22,8 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 _BLOCKS = (1, 2, 3, 4, 5, 7, 8, 8, 12, 16, 16, 24, 32, 32, 48, 64, 128)
 _HEAD_DIMS = (1, 2, 3, 5, 8, 8, 16, 16, 17, 24, 32, 64, 80, 128)
 _STRIDES = ("plain", "every_second", "swapped", "within", "reversed", "expanded")
+_STRIDES_CHANCES = (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)
+_DEVICE_DTYPES = ("float16", "bfloat16", "float32")
 # Blocks and head dims on an accelerator, where each pair is another kernel to compile; those of Hopper's kernel thrice.
 _DEVICE_TILES = (
     *3 * (((128, 128), 64), ((128, 128), 128)),
@@ -30,6 +32,8 @@ _DEVICE_TILES = (
     *(((128, 64), 64), ((32, 16), 24), ((16, 16), 16), ((24, 48), 32), ((48, 48), 1)),
     *(((8, 8), 17), ((5, 7), 8), ((1, 2), 5)),
 )
+SEEDS_A_KIND = 10  # on accelerators; one of them is a problem that must be refused
+_KINDS = 120
 _MOST_LOGITS = 10_000_000
 _SINKS = ("first_frame", "first_frame_keys", "last_frame", "last_frame_keys")
 
@@ -61,6 +65,12 @@ class Choice(NamedTuple):
     sparsity: float | tuple[float, ...] = 0.0
     mass: float | None = None
     floor: float = 0.0
+
+    def of_heads(self, heads: int) -> Choice:
+        """The same for another number of heads, with shares for each where there were some."""
+        if not isinstance(self.sparsity, tuple):
+            return self
+        return self._replace(sparsity=tuple(float(share) for share in np.resize(self.sparsity, heads)))
 
     def policy(self) -> Any:
         """The policy of rainfusion; None where quotas or a mask alone say what to attend."""
@@ -179,7 +189,7 @@ def draw(seed: int) -> Problem:
     poison = (
         str(rng.choice(["", "", "", "padding"])) if padded else str(rng.choice(["", "k", "v"], p=[0.9, 0.06, 0.04]))
     )
-    strides = str(rng.choice(_STRIDES, p=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1]))
+    strides = str(rng.choice(_STRIDES, p=_STRIDES_CHANCES))
     if strides == "expanded" and poison == "padding":
         poison = ""  # one sample in memory cannot have the padding of several
     kind = "numpy" if rng.random() < 0.4 else "torch"
@@ -212,28 +222,42 @@ def draw(seed: int) -> Problem:
 
 
 def draw_for(seed: int, device: str) -> Problem:
-    """The problem of a seed on a device: on the CPU as it is drawn, on others with few kinds of tiles and longer.
+    """The problem of a seed on a device: on the CPU as it is drawn, on others of one of a few kinds, and longer.
 
-    Accelerators compile a kernel for every kind of tile, and their largest blocks need longer sequences to have edges.
+    Accelerators compile kernels for every kind of tile, dtype, head count and strides, in seconds, and run a problem in
+    a fraction of one: seeds that a worker takes together are of one kind, and kinds come back. What stays free are
+    parts, lengths, masks, policies and values. Their largest blocks need longer sequences to have edges.
     """
     problem = draw(seed)
     if device == "cpu":
         return problem
-    rng = problem.rng(9)
-    block, head_dim = _DEVICE_TILES[rng.integers(len(_DEVICE_TILES))]
-    logits = problem.q_len * problem.kv_len * problem.heads * problem.batch
+    kind = np.random.default_rng([seed // SEEDS_A_KIND % _KINDS, 10])
+    block, head_dim = _DEVICE_TILES[kind.integers(len(_DEVICE_TILES))]
+    kv_heads = int(kind.integers(1, 4))
+    heads = kv_heads * int(kind.choice([1, 1, 1, 2, 3]))
+    logits = problem.q_len * problem.kv_len * heads * problem.batch
     longer = next((n for n in (4, 3, 2) if min(block) >= 64 and logits * n * n < _MOST_LOGITS), 1)
-    lengths = None if problem.lengths is None else problem.lengths * longer + rng.integers(0, longer, problem.batch)
+    rest = problem.rng(9).integers(0, longer, problem.batch)
+    strides = str(kind.choice(_STRIDES, p=_STRIDES_CHANCES))
     return replace(
         problem,
         parts=tuple(_longer(part, longer) for part in problem.parts),
         window=None,
         block=block,
+        heads=heads,
+        kv_heads=kv_heads,
         q_len=problem.q_len * longer,
         kv_len=problem.kv_len * longer,
         head_dim=head_dim,
-        dtype="float32" if problem.dtype == "float64" else problem.dtype,
-        lengths=lengths,
+        dtype=str(kind.choice(_DEVICE_DTYPES)),
+        tensor_layout=str(kind.choice(["bhsd", "bshd"])),
+        choice=problem.choice.of_heads(heads),
+        omitted="summary" if kind.random() < 0.3 else "drop",
+        order="given" if kind.random() < 0.15 else "window",
+        returns=(bool(kind.random() < 0.5), problem.returns[1]),
+        poison="" if strides == "expanded" and problem.poison == "padding" else problem.poison,
+        strides=strides,
+        lengths=None if problem.lengths is None else problem.lengths * longer + rest,
         kind="torch",
     )
 

@@ -12,9 +12,10 @@ import pytest
 
 import rainfusion
 from rainfusion.core import passes, planner
+from tests.fuzz import run as fuzz_run
 from tests.fuzz.__main__ import main
 from tests.fuzz.laws import Subject, broken_laws
-from tests.fuzz.problems import draw, draw_for
+from tests.fuzz.problems import SEEDS_A_KIND, draw, draw_for
 from tests.fuzz.run import State, failures_of, is_bad, steps
 from tests.fuzz.workers import Worker
 
@@ -162,3 +163,43 @@ def test_problems_for_accelerators_fit_their_oracle(seed):
     assert problem.lengths is None or len(problem.lengths) == problem.batch
     if problem.q_len * problem.kv_len * problem.batch * problem.heads < 10**6:
         assert list(broken_laws(Subject(problem), ("reference",))) == []
+
+
+def kind(problem):
+    """What kernels of accelerators are compiled for."""
+    tile = (problem.block, problem.head_dim, problem.dtype, problem.heads, problem.kv_heads)
+    return (*tile, problem.tensor_layout, problem.strides, problem.omitted, problem.order, problem.returns[0])
+
+
+def test_seeds_of_a_worker_share_a_kind_on_accelerators():
+    chunks = [[draw_for(first + i, "cuda:0") for i in range(SEEDS_A_KIND)] for first in range(0, 1200, SEEDS_A_KIND)]
+    assert all(len({kind(problem) for problem in chunk}) == 1 for chunk in chunks)
+    assert all(len({problem.kv_len for problem in chunk}) > 3 for chunk in chunks)
+    drawn = [chunk[0] for chunk in chunks]
+    assert len({(problem.block, problem.head_dim) for problem in drawn}) == 14
+    assert {problem.dtype for problem in drawn} == {"float16", "bfloat16", "float32"}
+    assert {problem.omitted for problem in drawn} == {"drop", "summary"}
+    assert kind(draw_for(7 + 1200, "cuda:0")) == kind(drawn[0])
+    shares = [problem.choice.sparsity for chunk in chunks for problem in chunk]
+    heads = [problem.heads for chunk in chunks for problem in chunk]
+    assert all(not isinstance(s, tuple) or len(s) == n for s, n in zip(shares, heads, strict=True))
+
+
+def warn_as(module, category):
+    exec("import warnings; warnings.warn('soon', category)", {"__name__": module, "category": category})
+
+
+@pytest.mark.parametrize(
+    ("module", "category", "counts"),
+    [
+        ("torch.jit._script", DeprecationWarning, False),
+        ("torch", FutureWarning, False),
+        ("torch.cuda", UserWarning, True),
+        ("torchvision", DeprecationWarning, True),
+        ("rainfusion.attention", DeprecationWarning, True),
+    ],
+)
+def test_what_torch_warns_itself_of_is_no_failure(monkeypatch, module, category, counts):
+    monkeypatch.setattr(fuzz_run, "broken_laws", lambda subject, backends: warn_as(module, category) or [])
+    found = failures_of(0, ("reference",))
+    assert [failure["message"] for failure in found] == [f"{category.__name__}: soon"] * counts

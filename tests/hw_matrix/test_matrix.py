@@ -276,6 +276,18 @@ def test_a_folder_without_targets_is_one_line(tmp_path: Path, capsys: pytest.Cap
         ('stand_in = "acme-interpreter"', 'stand_in = "acme-toaster"', "'acme-toaster' is no stand-in for acme"),
         ('runtime = "Acme 1"', "", "target acme-card lacks runtime"),
         ("[chips.card]", "[chips.card", "is not TOML"),
+        ('chip = "toaster"', "chip = [3]", "lacks its names; give backend and chip as text"),
+        ('name = "Toaster"', "name = 3", "chip toaster: name = 3 is not text"),
+        ('source = "Acme data sheet"', "source = true", "chip card: source = True is not text"),
+        ('runtime = "Acme 1"', "runtime = 1.5", "target acme-card: runtime = 1.5 is not text"),
+        ('runtime = "Acme 1"', 'runtime = "Acme 1"\nbenchmark = "a.py"', "benchmark = 'a.py' is not a list of texts"),
+        ('runtime = "Acme 1"', 'runtime = "Acme 1"\nenviron = { A = 1 }', "environ = {'A': 1} is not a table of texts"),
+        (
+            'runtime = "Acme 1"',
+            'runtime = "Acme 1"\nhead_dims = "some"',
+            "head_dims = 'some' is neither 'any' nor a list",
+        ),
+        ('runtime = "Acme 1"', 'runtime = "Acme 1"\nblocks = [1, [2, 2]]', "blocks = [1, [2, 2]] is neither"),
     ],
 )
 def test_malformed_targets_are_refused(tmp_path: Path, old: str, new: str, said: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,12 +55,19 @@ def subjects() -> dict[str, Any]:
         "problem": PROBLEM,
         "grid": rainfusion.Grid(2, 3, 4),
         "config": config,
+        "topk": rainfusion.TopK(0.5),
+        "shares": rainfusion.TopK((0.5, 0.2), "paper"),
+        "topp": rainfusion.TopP(0.5),
+        "hybrid": rainfusion.Hybrid(0.5, 0.5),
+        "fixed": rainfusion.Fixed(),
         "report": Report(config, {"m": 1}, (Row("m", 0, 0, "", 0, "sparse", "", 0.5),)),
     }
 
 
-# Executables: what `call` hands from one to the other, after `check`. Constants are a mapping.
+# Executables: what `call` hands from one to the other, after `check`. Constants are a mapping. Policies: what planning
+# calls.
 INTERNAL = {"run.compute", "run.check_operands", "run.constants", "run.restore"}
+INTERNAL |= {f"{policy}.score" for policy in ("topk", "shares", "topp", "hybrid", "fixed")}
 
 
 def methods() -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -117,3 +125,29 @@ def test_a_column_that_reports_do_not_have_is_named() -> None:
     assert report.count(kind="sparse") == 1
     with pytest.raises(rainfusion.RainfusionError, match="column='colour' is not known; choose one of 'model'"):
         report.count(colour="red")
+
+
+class Odd(rainfusion.Policy):
+    """A policy whose answers are set from outside."""
+
+    answer: Any = None
+    before: Any = None
+
+    def budget(self, q: Any, kv: Any, heads: int) -> Any:
+        return self.answer
+
+    def prior(self, q: Any, kv: Any) -> Any:
+        return self.before
+
+
+@pytest.mark.parametrize("anything", ANYTHING, ids=lambda anything: type(anything).__name__)
+def test_policies_may_answer_anything(monkeypatch: pytest.MonkeyPatch, anything: Any) -> None:
+    arguments = [passes.dense(PROBLEM, LAYOUT), Odd()]  # not `rainfusion.plan`, which keeps what it has planned
+    good = rainfusion.TopK(0.5).budget(LAYOUT.axis(35, 0), LAYOUT.axis(35, 1), 2)
+    for answer in (anything, *(replace(good, **{name: anything}) for name in ("quotas", "mass", "over"))):
+        monkeypatch.setattr(Odd, "answer", answer)
+        message(passes.select_blocks, arguments)
+    monkeypatch.setattr(Odd, "answer", good)
+    assert not message(passes.select_blocks, arguments)
+    monkeypatch.setattr(Odd, "before", anything)
+    message(passes.select_blocks, arguments)

@@ -38,7 +38,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rainfusion.backends.triton.operands import LOG2_E, Attention
@@ -52,6 +58,7 @@ _NONE = gl.constexpr(float("-inf"))
 # FlashAttention-4): float32 has the range for it.
 _SLACK = gl.constexpr(8.0)
 _fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.7 renamed it
+_sync_warps = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed as well
 
 
 def attend_hopper(given: Attention, out: Tensor, lse: Tensor | None) -> None:
@@ -469,6 +476,7 @@ def _hear(mail, t, hidden, HIDES: gl.constexpr):
     if HIDES:
         valid = gl.max(mail.valid.index(t % 2).load(one), 0)
         hidden.store(gl.where(gl.arange(0, 128, one) < valid, 0.0, _NONE))
+    _sync_warps()  # one thread arrives for four warps, and not every Triton waits for the others by itself
     mbarrier.arrive(mail.free.index(t % 2), count=1)
     return Tile(number, kept, ragged)
 
@@ -520,6 +528,8 @@ def _shifted(s, peak, j, tile, rings, it, sizes, STAGES: gl.constexpr, HIDES, ME
     if MEANS:
         if j >= tile.kept:
             s += gl.expand_dims(bias.index(it % STAGES).reshape([128]).load(column) * (1.0 / sizes.scale), 0)
+            fence_async_shared()  # the copy engine writes there next
+            _sync_warps()
     highest = _row_max(s, gl.SliceLayout(1, _accumulator(128))) * sizes.scale
     now = gl.where(highest > peak + _SLACK, highest, peak)
     return s * sizes.scale - gl.expand_dims(_finite(now), 1), now, _exp2(peak - _finite(now))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rainfusion.core.checks import as_instance, shown
+from rainfusion.core.checks import as_instance, one_of, shown
 from rainfusion.core.errors import RainfusionError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.integrations.engine import REST, LayerParts, Parts
@@ -87,6 +87,9 @@ class Adapter:
         timestep: the forward's argument that is the noise level.
         family: of the model, for `rainfusion models`.
         tested: what was tested.
+
+    Raises:
+        UnknownModelError: `layers` is no regular expression, or `parts` no function.
     """
 
     layers: str
@@ -100,6 +103,20 @@ class Adapter:
     timestep: str = "timestep"
     family: str = ""
     tested: str = ""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(as_instance(self.layers, str, "layers", UnknownModelError))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UnknownModelError(
+                f"layers={shown(self.layers)} is no regular expression: {error}; give one such as "
+                r"'blocks\.\d+\.attn1'"
+            ) from error
+        if not callable(self.parts):
+            raise UnknownModelError(
+                f"parts={shown(self.parts)} is no function; give one of the model and its forward's arguments"
+            )
+        one_of(self.call, ("dispatch", "sdpa"), "call", UnknownModelError)
 
     def attention_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """The self-attention modules of a model by name, in the order of the model.

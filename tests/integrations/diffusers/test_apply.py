@@ -675,3 +675,18 @@ def test_other_masks_stay_dense(own_adapters, mask):
     handle = apply_rainfusion(model, settings())
     torch.testing.assert_close(model(tokens, mask), before)
     assert [(row.kind, row.why) for row in handle.report().rows] == [("dense", "mask")] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("blocks.(", len), "layers='blocks.(' is no regular expression"),
+        ((3, len), "layers=3 is a int; give a str"),
+        (("blocks", (Grid(2, 8, 8), REST)), "is no function; give one of the model"),
+        (("blocks", len, "flash"), "call='flash' is not known; choose one of 'dispatch', 'sdpa'"),
+    ],
+)
+def test_adapters_that_describe_nothing_are_refused(arguments, said):
+    with pytest.raises(UnknownModelError) as refusal:
+        Adapter(*arguments)
+    assert said in str(refusal.value)
