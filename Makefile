@@ -1,10 +1,10 @@
 # These do all their own set-up (Python >= 3.10 and make, nothing else):
-#   make demo    dense against sparse attention on a real clip, with a picture
-#   make check   lint, types, import contracts and the quick tests, in under a minute once it is set up
-#   make test    all of that and the whole suite, as CI runs them
-#   make coverage     the lines of rainfusion/core that its tests run, with the floor of pyproject.toml
-#   make test-oldest  tests of the core, the public functions and the CPU backends with the oldest versions allowed
-#   make quality a small trained video model, dense against sparse, in about a quarter of an hour
+#   make demo         dense against sparse attention on a real clip, with a picture
+#   make check        lint, types, import contracts and the quick tests, in under a minute once it is set up
+#   make test         all of that and the whole suite, as CI runs them
+#   make test-oldest  the core, the public functions and the CPU backends with the oldest versions that are allowed
+#   make coverage     which lines of rainfusion/core its tests run; fails below the floor in pyproject.toml
+#   make quality      a small trained video model, dense against sparse, in about a quarter of an hour
 
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
