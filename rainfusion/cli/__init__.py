@@ -1,4 +1,4 @@
-"""The command ``rainfusion``: devices, models, plan, run, parity, calibrate, budgets."""
+"""The command ``rainfusion``: devices, models, plan, run, parity, calibrate, budgets, new-backend."""
 
 from __future__ import annotations
 

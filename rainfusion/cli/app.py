@@ -10,6 +10,7 @@ from rainfusion.cli.budgets import budgets
 from rainfusion.cli.calibrate import calibrate
 from rainfusion.cli.devices import devices
 from rainfusion.cli.models import models
+from rainfusion.cli.new_backend import new_backend
 from rainfusion.cli.parity import parity
 from rainfusion.cli.plan import plan
 from rainfusion.cli.run import run
@@ -21,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (devices, models, plan, run, parity, calibrate, budgets):
+for command in (devices, models, plan, run, parity, calibrate, budgets, new_backend):
     app.command()(command)
 
 

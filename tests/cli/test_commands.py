@@ -38,7 +38,7 @@ def test_version():
     assert command("--version").stdout == f"rainfusion {rainfusion.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["devices", "models", "plan", "run", "parity", "calibrate", "budgets"])
+@pytest.mark.parametrize("name", ["devices", "models", "plan", "run", "parity", "calibrate", "budgets", "new-backend"])
 def test_every_command_has_help(name):
     answer = command(name, "--help")
     assert answer.exit_code == 0

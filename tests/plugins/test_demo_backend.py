@@ -23,7 +23,7 @@ ATTENTION = """
 
 
 def test_it_stays_small_enough_to_copy() -> None:
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in DEMO.rglob("*.py")) <= 80
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in DEMO.rglob("*.py")) <= 90
 
 
 def test_it_is_found_by_its_entry_point(demo: Any) -> None:

@@ -1,7 +1,6 @@
-"""AcmeBackend: arrays that live on the accelerator, and its kernel for `Attend`; all else runs by its definition."""
+"""The backend: arrays that live on the accelerator, and a kernel for `Attend`; all else runs by its definition."""
 
 import numpy as np
-
 from rainfusion import Backend, Capabilities, Device, Kernel, Stages, ops
 
 
@@ -11,13 +10,14 @@ class AcmeArray(np.ndarray):
 
 class AcmeBackend(Backend):
     name = "acme"
-    chip = Device("acme", 0, "Acme accelerator")
+    # Without stand_in once it is the real one.
+    device = Device("acme", 0, name="Acme", stand_in="NumPy")
 
     def devices(self):
-        return [self.chip]
+        return [self.device]
 
     def device_of(self, array):
-        return self.chip if isinstance(array, AcmeArray) else None
+        return self.device if isinstance(array, AcmeArray) else None
 
     def capabilities(self, device):
         return Capabilities(dtypes=frozenset({"float16", "float32"}), max_length=65536)
