@@ -168,7 +168,9 @@ class ByTokens:
         """The mask of the whole sequence; None for dense attention whose mask is not asked for."""
         call = self.call
         if self._selection is not None:
-            (mask,) = run(call.executable(self._selection, q), {**operands, **means})
+            (mask,) = run(
+                call.executable(self._selection, q), {**means, **operands}
+            )  # the mask is of the kind of the first
             return BlockMask(mask.blocks, mask.q_len, mask.kv_len, mask.block, call.settings.layout())
         if operands["mask"] is not None:
             return operands["mask"]  # type: ignore[no-any-return]

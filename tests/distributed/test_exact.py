@@ -96,10 +96,9 @@ def any_case(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=15)
+@settings(max_examples=40)
 @given(case=any_case(), world=st.integers(1, WORLD))
 def test_any_case_is_that_of_one_device(workers: Workers, case: Case, world: int) -> None:
-    if min(case.heads, 9 // 2) < world:
-        world = case.heads
-    for found in workers.results(world, on_ranks, case):
+    blocks = -(-case.length // max(case.layout.block))
+    for found in workers.results(min(world, case.heads, blocks), on_ranks, case):
         check(case, found)

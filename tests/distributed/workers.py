@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 WORLD = 4
 _SECONDS = 60.0  # for a function on all ranks; the first one waits until every process has imported torch
@@ -28,7 +30,8 @@ class Workers:
     """
 
     def __init__(self, rendezvous: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "rainfusion.distributed"])  # imported once for all
         self._processes, self._pipes = [], []
         for rank in range(WORLD):
             ours, theirs = context.Pipe()
@@ -76,6 +79,7 @@ def _serve(pipe: Connection, rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", SparsityWarning)  # small grids cannot spend a budget well
+    warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)  # of diffusers' calls
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=_SECONDS / 2)
     )
@@ -94,3 +98,12 @@ def _serve(pipe: Connection, rank: int, rendezvous: str) -> None:
 
 def _travels(error: Exception) -> bool:
     return type(error).__module__.startswith("rainfusion.")
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Four processes on gloo."""
+    pytest.importorskip("torch")
+    started = Workers(tmp_path_factory.mktemp("rendezvous") / "file")
+    yield started
+    started.stop()
