@@ -79,7 +79,7 @@ def _serve(pipe: Connection, rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", SparsityWarning)  # small grids cannot spend a budget well
-    warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)  # of diffusers' calls
+    warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)  # diffusers
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=_SECONDS / 2)
     )
