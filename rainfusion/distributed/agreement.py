@@ -20,31 +20,31 @@ def agree(
     ranks: Ranks,
     record: Mapping[str, str],
     lengths: tuple[int, int],
-    error: Exception | None,
-    *,
-    is_new: bool,
+    known: Lengths | None = None,
+    error: Exception | None = None,
 ) -> tuple[Lengths, bool]:
     """Compare a call with those of the other ranks.
 
     Args:
         record: what has to be the same on all ranks, by name.
         lengths: query and key tokens of this rank, which may differ.
+        known: the lengths of all ranks for which this rank has prepared such a call; None if it has not.
         error: why this rank cannot take part.
-        is_new: whether this rank has yet to prepare such a call.
 
     Returns:
-        The lengths of all ranks, and whether any of them has yet to prepare such a call.
+        The lengths of all ranks, and whether every rank has prepared such a call for them.
 
     Raises:
         DistributedError: what differs, and on which ranks; or which other rank failed, and why.
         Exception: `error` itself, on the rank that gave it.
     """
-    told = ranks.gather_objects((dict(record), lengths, None if error is None else said(error), is_new))
+    told = ranks.gather_objects((dict(record), lengths, None if error is None else said(error), known))
     _raise_first([failure for _, _, failure, _ in told], error)
     records = [theirs for theirs, *_ in told]
     if any(theirs != records[0] for theirs in records):
         raise DistributedError(f"the ranks disagree: {'; '.join(_differences(records))}. Give all ranks the same")
-    return tuple(theirs for _, theirs, _, _ in told), any(new for *_, new in told)
+    found = tuple(theirs for _, theirs, _, _ in told)
+    return found, all(theirs == found for *_, theirs in told)
 
 
 def raise_together(ranks: Ranks, error: Exception | None) -> None:

@@ -65,6 +65,12 @@ class ByTokens:
         plan = self.call.plan(self.call.problem, self.call.policy, ("%mask",), omitted="drop", order="given")[0]
         return passes.from_means(plan)
 
+    @cached_property
+    def _attentions(self) -> dict[int, Plan]:
+        """By the key tokens of a piece: attention over it."""
+        pieces = self.call.kv_lengths if self._ring else (self.call.problem.kv_len,)
+        return {kv_len: self._attention(kv_len) for kv_len in sorted({*pieces})}
+
     def _attention(self, kv_len: int) -> Plan:
         """Attention of this rank's queries over a piece of the keys, by a mask and means that are given."""
         problem = replace(self.call.shard, kv_len=kv_len)
@@ -79,15 +85,10 @@ class ByTokens:
         return passes.from_means(plan)
 
     @property
-    def _pieces(self) -> tuple[int, ...]:
-        """Key tokens of the pieces that this rank attends to."""
-        return self.call.kv_lengths if self._ring else (self.call.problem.kv_len,)
-
-    @property
     def plans(self) -> tuple[Plan, ...]:
         """What this rank runs, beside the block means."""
-        attentions = [self._attention(kv_len) for kv_len in sorted({*self._pieces})]
-        return tuple(attentions if self._selection is None else (self._selection, *attentions))
+        attentions = self._attentions.values()
+        return tuple(attentions) if self._selection is None else (self._selection, *attentions)
 
     # -- a call --------------------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ class ByTokens:
         out = lse = None
         for start, kv_len, (keys, values) in pieces:
             arguments = {"q": q, "k": keys, "v": values, **self._columns(mask, means, lengths, start, kv_len)}
-            part, part_lse = run(call.executable(self._attention(kv_len), q), arguments)
+            part, part_lse = run(call.executable(self._attentions[kv_len], q), arguments)
             wide = part.to(part_lse.dtype)
             if out is None:
                 out, lse = wide, part_lse

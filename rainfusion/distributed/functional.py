@@ -108,14 +108,16 @@ def _attend(
     backend: str | None,
 ) -> tuple[list[Any], tuple[str, ...]]:
     """The values of a call, and what its caller is to be warned of."""
-    asked, error = None, None
+    asked: Call | Exception
+    record: dict[str, str] = {}
     try:
         one_of(method, METHODS, "method", ProblemError)
         asked = _asked(ranks, tensors, settings, operands, wanted, backend)
         operands = {**operands, "quotas": None if operands["quotas"] is None else _numbers(operands["quotas"])}
+        record = _record(method, asked, operands, tensors[0].device.type)
     except Exception as failure:
-        error = failure
-    run = _agreed(ranks, method, asked, error, operands, tensors[0])
+        asked = failure
+    run = _agreed(ranks, method, asked, record, tensors[0])
     whole, notes = run.call.whole
     if operands["mask"] is not None and (objection := whole.objection(operands["mask"])):
         raise MaskError(objection)
@@ -218,27 +220,25 @@ def _described(given: Any) -> str:
     return f"given, {_numbers(given).dtype} {tuple(_numbers(given).shape)}"
 
 
-def _agreed(
-    ranks: Ranks,
-    method: str,
-    asked: Call | None,
-    error: Exception | None,
-    operands: Mapping[str, Any],
-    like: Any,
-) -> Method:
-    """What runs this call: settled among the ranks, now or for an equal call."""
+def _agreed(ranks: Ranks, method: str, asked: Call | Exception, record: Mapping[str, str], like: Any) -> Method:
+    """What runs this call: settled among the ranks, now or for an equal call.
+
+    Args:
+        asked: the call as this rank sees it, or why there is none.
+    """
+    if isinstance(asked, Exception):
+        agree(ranks, record, (0, 0), None, asked)
+        raise asked
     known = _prepared.setdefault(ranks.group, dispatch.LruDict(_MOST_KINDS))
-    record = {} if asked is None else _record(method, asked, operands, like.device.type)
-    mine = (0, 0) if asked is None else (asked.shard.q_len, asked.shard.kv_len)
-    key = (tuple(record.items()), mine, None if asked is None else asked.backend)
-    found = None if asked is None else known.find(key)
+    mine = (asked.shard.q_len, asked.shard.kv_len)
+    key = (*record.items(), mine, asked.backend)
+    found = known.find(key)
     if found is not None and like.device.type != "cpu":  # to compare would make the host wait for the device
         return found[1]
-    lengths, any_new = agree(ranks, record, mine, error, is_new=found is None)
-    assert asked is not None  # or `agree` has raised
-    if found is not None and found[0] == lengths and not any_new:
+    lengths, is_known = agree(ranks, record, mine, None if found is None else found[0])
+    if found is not None and is_known:
         return found[1]
-    run, error = None, None
+    error, run = None, None
     try:
         run = _prepare(method, asked, lengths, like)
     except Exception as failure:

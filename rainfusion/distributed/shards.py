@@ -64,7 +64,7 @@ def unshard(x: Tensor, layout: TokenLayout, *, group: Any = None, axis: int = 2)
         record = {"call": "unshard", "x": f"{x.dtype} {others} without axis {axis}", "layout": repr(layout)}
     except Exception as failure:
         error = failure
-    lengths, _ = agree(ranks, record, (length, length), error, is_new=False)
+    lengths, _ = agree(ranks, record, (length, length), error=error)
     with torch.no_grad():
         whole = ranks.all_gather(x, [n for n, _ in lengths], axis)()
         unsharded: Tensor = layout.from_blocks(whole, axis=axis)

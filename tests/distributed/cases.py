@@ -119,7 +119,8 @@ def on_ranks(group: Any, case: Case) -> Result:
 
     import rainfusion.distributed as rd
 
-    axis, world, rank = case.token_axis, dist.get_world_size(group), dist.get_rank(group)
+    members = group if isinstance(group, dist.ProcessGroup) else group.get_group()
+    axis, world, rank = case.token_axis, dist.get_world_size(members), dist.get_rank(members)
     if case.uneven:
         cuts = [case.length * i * i // world**2 + (i > 0) * (world - i) for i in range(world + 1)]
         shards = [x.narrow(axis, cuts[rank], cuts[rank + 1] - cuts[rank]) for x in case.tensors()]

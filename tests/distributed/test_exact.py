@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def any_case(draw: st.DrawFn) -> Case:
     share = st.floats(0, 0.9)
     heads = group * kv_heads
     length = grid[0] * grid[1] * grid[2] + text
-    lengths = st.none() | st.tuples(*[st.integers(0, length + 1)] * batch)
+    lengths = st.none() | st.tuples(*[st.integers(length - text, length + 1)] * batch)
     method = draw(st.sampled_from(METHODS))
     return Case(
         method,
@@ -102,3 +103,45 @@ def test_any_case_is_that_of_one_device(workers: Workers, case: Case, world: int
     blocks = -(-case.length // max(case.layout.block))
     for found in workers.results(min(world, case.heads, blocks), on_ranks, case):
         check(case, found)
+
+
+def test_shards_may_have_other_lengths_in_every_call(workers: Workers) -> None:
+    results = workers.results(2, shards_of, [(30, 37), (40, 27), (30, 37), (20, 47), (40, 27)])
+    for found in results:
+        assert all(np.array_equal(found[0], other) for other in found)
+
+
+def shards_of(group: Any, lengths: list[tuple[int, int]]) -> list[np.ndarray]:
+    """The output of calls whose shards have these lengths on two ranks."""
+    import torch.distributed as dist
+
+    import rainfusion.distributed as rd
+
+    case, rank, outputs = Case(), dist.get_rank(group), []
+    for pair in lengths:
+        shards = [x.narrow(2, sum(pair[:rank]), pair[rank]) for x in case.tensors()]
+        out = rd.attention(*shards, group=group, **case.settings)
+        outputs.append(rd.unshard(out, rainfusion.TokenLayout(block=4), group=group).numpy())
+    return outputs
+
+
+def test_a_device_mesh_is_a_group(workers: Workers) -> None:
+    alone = on_one_device(Case(heads=2))
+    for found in workers.results(4, on_a_mesh):
+        assert np.array_equal(found.mask, alone.mask)
+        np.testing.assert_allclose(found.out, alone.out, atol=1e-5)
+
+
+def on_a_mesh(_: Any) -> Result:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "tokens"))
+    return on_ranks(mesh["tokens"], Case("ring", heads=2))
+
+
+def test_heads_are_dealt_by_what_they_keep() -> None:
+    from rainfusion.distributed.heads import deal
+
+    assert deal([1] * 5, 2) == ((0, 1, 2), (3, 4))
+    assert deal([9, 1, 1, 9, 5, 5], 2) == ((0, 1, 4), (2, 3, 5))
+    assert deal([8, 1, 1, 1], 2) == ((0,), (1, 2, 3))
