@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ SHOWN = "wan_text_to_video"  # its report is on the page
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"tiny", *EXPECTED}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"tiny", "two_devices", *EXPECTED}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -48,3 +49,18 @@ def test_example(
         assert "\n".join(line.rstrip() for line in printed.splitlines()) in page
     assert {path.name for path in tmp_path.iterdir()} == {written, f"{name}_density.png"}
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
+
+
+@pytest.mark.distributed
+def test_the_example_of_two_devices_by_torchrun(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(EXAMPLES / "two_devices.py"), "--tiny"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    page = (EXAMPLES.parent / "docs" / "several_devices.md").read_text(encoding="utf-8")
+    lines = ran.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["ulysses", "gather", "ring"]
+    for line in lines:
+        told, error = re.split(r", \d+ ms, largest difference ", line)
+        assert told in page
+        assert float(error) < 2e-6

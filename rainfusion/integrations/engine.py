@@ -47,6 +47,14 @@ FEWEST_BLOCKS = 32
 _MOST_UNNAMED = 4
 
 
+class HeadRange(NamedTuple):
+    """The heads of a call, where a host has split those of a layer over devices: ``start`` to ``stop`` of ``total``."""
+
+    start: int
+    stop: int
+    total: int
+
+
 class Forward(NamedTuple):
     """A forward that is under way.
 
@@ -169,6 +177,7 @@ class Engine:
         scale: float | None = None,
         kv_lengths: Array = None,
         why_dense: str = "",
+        heads: HeadRange | None = None,
     ) -> Array:
         """The attention of a layer, sparse or dense as the schedule says.
 
@@ -178,6 +187,8 @@ class Engine:
             kv_lengths: as in `rainfusion.attention`.
             why_dense: what speaks against sparse attention in this call, as the host knows it. Such a call may come
                 outside of a forward, as gradient checkpointing does, and is not noted then.
+            heads: which of the layer's heads q, k and v have, where they are not all of them; shares a head are those
+                of all.
 
         Raises:
             LayoutError: no forward is under way, or the sequence is shorter than its parts.
@@ -189,7 +200,7 @@ class Engine:
             raise LayoutError(
                 f"layer {layer} of {self.name} was called outside of a forward of its model; call the model itself"
             )
-        self.schedule.check_heads(q.shape[2])
+        self.schedule.check_heads(q.shape[2] if heads is None else heads.total)
         forward.called[layer] = forward.called.get(layer, 0) + 1
         stop = self._stopwatch(q)
         share: Share | None = None
@@ -197,6 +208,8 @@ class Engine:
         if not why:
             decision = self.schedule.decide(forward.moment.step, forward.moment.steps, layer)
             share, why = decision.share, decision.why
+            if heads is not None and isinstance(share, tuple) and len(share) == heads.total:
+                share = share[heads.start : heads.stop]
         if share is not None and forward.parts is not None:
             described = forward.parts(layer) if callable(forward.parts) else forward.parts
             parts = settled(described, q.shape[1], self.sinks)

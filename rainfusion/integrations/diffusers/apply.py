@@ -14,12 +14,12 @@ import torch
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from torch import nn
 
-from rainfusion.core.errors import RainfusionWarning
-from rainfusion.core.layout import TokenLayout
+from rainfusion.core.errors import ProblemError, RainfusionWarning
+from rainfusion.core.layout import Grid, TokenLayout
 from rainfusion.integrations.clock import Clock, Reading
 from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.adapter import Adapter, UnknownModelError, adapter_of, order_of, refusal
-from rainfusion.integrations.diffusers.attention import Layer, forget_place, refuse_pickling
+from rainfusion.integrations.diffusers.attention import Layer, check_degrees, forget_place, refuse_pickling
 from rainfusion.integrations.diffusers.identity import digest_of
 from rainfusion.integrations.engine import REST, Engine, LayerParts, Parts, Rest, layout_of, settled
 from rainfusion.integrations.measure import grids_of
@@ -243,7 +243,8 @@ class Applied:
         parts = self.adapter.parts(model, arguments)
         if self._grids and isinstance(parts, tuple):
             self._look_at_grids(grids_of(parts))
-        self._order = None if isinstance(parts, str) else self._whole_order(parts, arguments)
+        is_split = self._is_split(parts)
+        self._order = None if is_split or isinstance(parts, str) else self._whole_order(parts, arguments)
         order = "window" if self._order is None else "given"
         reading = self._reading(arguments)
         if isinstance(parts, str):
@@ -256,6 +257,32 @@ class Applied:
         elif self.adapter.prepare is None:
             return None
         return bound.args[1:], bound.kwargs
+
+    def _is_split(self, parts: Parts | LayerParts | str) -> bool:
+        """Whether diffusers splits the sequence over devices in this forward.
+
+        Raises:
+            ProblemError: it splits one that cannot be put together again, or other than by heads.
+        """
+        config = getattr(self.model, "_parallel_config", None)
+        if getattr(config, "context_parallel_config", None) is None:
+            return False
+        check_degrees(config)
+        name = type(self.model).__name__
+        if self.adapter.call == "sdpa":
+            raise ProblemError(
+                f"the attention of {name} does not take part in context parallelism: its processors call torch "
+                "directly; do not call enable_parallelism for it"
+            )
+        if self.engine.probe is not None:
+            raise ProblemError("calibration reads all heads of a layer; run it on one device, without context parallel")
+        if not isinstance(parts, str) and (callable(parts) or [type(part) for part in parts] != [Grid]):
+            raise ProblemError(
+                f"context parallelism splits every part of the sequence of {name} by itself, and rainfusion puts only "
+                "one video or image together again, not one with text; use it for models such as Wan, or call remove() "
+                "of the handle for dense attention"
+            )
+        return True
 
     def _whole_order(self, parts: Parts | LayerParts, arguments: Mapping[str, Any]) -> TokenLayout | None:
         """The layout by which tokens are reordered once a forward; None where every layer does it."""

@@ -22,21 +22,28 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
+    _templated_context_parallel_attention,
     dispatch_attention_fn,
 )
 from torch import Tensor
 
 from rainfusion.core.errors import ProblemError
 from rainfusion.integrations.diffusers.adapter import Adapter, key_lengths
-from rainfusion.integrations.engine import Engine
+from rainfusion.integrations.engine import Engine, HeadRange
 
 _NAME = "rainfusion"
 _BY_HAND = (
     f"the attention backend {_NAME!r} needs to know the layer that calls; use apply_rainfusion(pipe) instead of "
     "setting it by name"
 )
-_NOT_SPLIT = (
-    "rainfusion does not split a sequence over devices yet; do not call enable_parallelism for context parallel"
+_NO_RING = (
+    "rainfusion runs in diffusers' context parallelism by heads alone; configure "
+    "ContextParallelConfig(ulysses_degree=...) without ring_degree. For a model of your own, "
+    "rainfusion.distributed.attention(method='ring') passes keys around"
+)
+_NO_GRADIENT_SPLIT = (
+    "a gradient is wanted of a sequence that is split over devices, and rainfusion has none there; run under "
+    "torch.no_grad(), or call remove() of its handle"
 )
 _NO_GRADIENT = (
     "a gradient is wanted, and sparse attention has none; run under torch.no_grad(), or configure on_grad='dense'"
@@ -119,12 +126,21 @@ class Layer:
         backend = getattr(self.processor, "_attention_backend", BACKEND)
         if self.adapter.call == "dispatch" and backend is not BACKEND:
             self.inner._attention_backend = backend
+        if hasattr(self.inner, "_parallel_config"):  # a sequence that has been split since stays split
+            self.inner._parallel_config = self.processor._parallel_config
         self.module.processor = self.inner
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dense: Callable[[], Tensor], **call: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        dense: Callable[[], Tensor],
+        heads: HeadRange | None = None,
+        **call: Any,
     ) -> Tensor:
-        """The attention of this layer, ``[batch, tokens, heads, head_dim]``."""
+        """The attention of this layer, or of some of its heads, ``[batch, tokens, heads, head_dim]``."""
         why, lengths = self._misfit(q, k, mask, call["is_causal"]), None
         if mask is not None and not why:
             lengths = key_lengths(mask).expand(q.shape[0])
@@ -134,7 +150,7 @@ class Layer:
         if missing:
             q = torch.cat([q.new_zeros(q.shape[0], missing, *q.shape[2:]), q], dim=1)
         out: Tensor = self.engine.attend(
-            self.index, q, k, v, dense, scale=call["scale"], kv_lengths=lengths, why_dense=why
+            self.index, q, k, v, dense, scale=call["scale"], kv_lengths=lengths, why_dense=why, heads=heads
         )
         return out[:, missing:] if out.shape[1] == q.shape[1] else out
 
@@ -183,8 +199,18 @@ def _check_processor(processor: Any) -> None:
     """Refuse what sparse attention would meet too late, in the middle of a forward."""
     if getattr(processor, "_attention_backend", None) == BACKEND:
         raise ProblemError(_BY_HAND)
-    if getattr(processor, "_parallel_config", None) is not None:
-        raise ProblemError(_NOT_SPLIT)
+    check_degrees(getattr(processor, "_parallel_config", None))
+
+
+def check_degrees(parallel_config: Any) -> None:
+    """Refuse context parallelism that does not split heads alone.
+
+    Raises:
+        ProblemError: it has a ring.
+    """
+    config = getattr(parallel_config, "context_parallel_config", None)
+    if config is not None and config.ring_degree > 1:
+        raise ProblemError(_NO_RING)
 
 
 # -- diffusers' dispatch -------------------------------------------------------------------------------
@@ -205,7 +231,7 @@ def _member(value: str) -> AttentionBackendName:
 BACKEND = _member(_NAME)
 
 
-@_AttentionBackendRegistry.register(BACKEND, supports_context_parallel=False)
+@_AttentionBackendRegistry.register(BACKEND, supports_context_parallel=True)
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -218,31 +244,81 @@ def _attention(
     _parallel_config: Any = None,
 ) -> Tensor:
     """The backend ``rainfusion``; q, k, v and the result are ``[batch, tokens, heads, head_dim]``."""
-    if _parallel_config is not None:
-        raise ProblemError(_NOT_SPLIT)
     if dropout_p:
         raise ProblemError("sparse attention has no dropout; call eval() of the model")
     place = _here.place
     if place is None:
         raise ProblemError(_BY_HAND)
-    return _call(query, key, value, attn_mask, place, is_causal, scale, enable_gqa)
+    if _parallel_config is None:
+        return _call(query, key, value, attn_mask, place, is_causal, scale, enable_gqa)
+    return _split(query, key, value, attn_mask, place, is_causal, scale, enable_gqa, _parallel_config)
+
+
+def _split(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    place: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    parallel_config: Any,
+) -> Tensor:
+    """`_call` inside of diffusers' Ulysses: it exchanges tokens for heads before, and heads for tokens after."""
+    check_degrees(parallel_config)
+    if _gradient_wanted(q, k, v):
+        raise ProblemError(_NO_GRADIENT_SPLIT)
+    config, total = parallel_config.context_parallel_config, q.shape[2]
+    first = config._ulysses_local_rank * -(-total // config.ulysses_degree)
+
+    def of_some_heads(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *_: Any, **__: Any) -> Tensor:
+        return _call(q, k, v, mask, place, is_causal, scale, enable_gqa, first, total)
+
+    out: Tensor = _templated_context_parallel_attention(
+        q,
+        k,
+        v,
+        mask,
+        0.0,
+        is_causal,
+        scale,
+        enable_gqa,
+        False,
+        forward_op=of_some_heads,
+        backward_op=_refuse_gradient,
+        _parallel_config=parallel_config,
+    )
+    return out
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, mask: Any, place: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    place: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    first: int = 0,
+    total: int = 0,
 ) -> Tensor:
     """`_attend`, or in a graph that is being compiled, one operator that does it when the graph runs.
 
     Where a graph wants a gradient and the configuration allows it, the graph has dense attention itself, and the
     report counts the layer as not called.
+
+    Args:
+        first, total: where heads are split over devices, the first of these heads and the number of all; else 0.
     """
     if not torch.compiler.is_compiling():
-        return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa)
+        return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa, first, total)
     if _gradient_wanted(q, k, v) and _here.on_grad == "dense":
         call = {"attn_mask": mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         dense: Tensor = dispatch_attention_fn(q, k, v, backend=AttentionBackendName.NATIVE, **call)
         return dense
-    out: Tensor = _operator(q, k, v, mask, place, is_causal, scale, enable_gqa)
+    out: Tensor = _operator(q, k, v, mask, place, is_causal, scale, enable_gqa, first, total)
     return out
 
 
@@ -255,6 +331,8 @@ def _attend(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    first: int,
+    total: int,
 ) -> Tensor:
     layer, calling = _layers[int(place)], _here.place
     call = {"is_causal": is_causal, "scale": scale}
@@ -271,7 +349,8 @@ def _attend(
         _here.place = calling
         return out
 
-    return layer.attend(q, k, v, mask, dense, **call)
+    heads = HeadRange(first, first + q.shape[2], total) if total else None
+    return layer.attend(q, k, v, mask, dense, heads, **call)
 
 
 # -- torch's own function ------------------------------------------------------------------------------
@@ -331,9 +410,11 @@ def _operator(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    first: int,
+    total: int,
 ) -> Tensor:
     """`_attend` as one operator of a graph; the result is contiguous, as its fake says."""
-    return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa).contiguous()
+    return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa, first, total).contiguous()
 
 
 @_operator.register_fake

@@ -177,22 +177,23 @@ def test_dense_attention_never_leads_to_rainfusion_again():
         model(**inputs())
 
 
-def test_context_parallel_is_refused():
-    """Before and after; diffusers itself refuses the latter, by the name of the backend."""
-    from diffusers import ContextParallelConfig
+def test_a_ring_of_devices_is_refused():
+    """Before and after; test_split.py has what is not."""
+    from diffusers import ContextParallelConfig, ParallelConfig
 
+    ring = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
     model = wan()
     for module in model.modules():
         if hasattr(module, "processor"):
-            module.processor._parallel_config = ContextParallelConfig(ulysses_degree=2)
-    with pytest.raises(ProblemError, match="rainfusion does not split a sequence over devices yet"):
+            module.processor._parallel_config = ring
+    with pytest.raises(ProblemError, match="by heads alone"):
         apply_rainfusion(model)
     later = wan()
     apply_rainfusion(later, settings())
-    later.blocks[0].attn1.processor._parallel_config = ContextParallelConfig(ulysses_degree=2)
-    with pytest.raises(ProblemError, match="rainfusion does not split a sequence over devices yet"):
+    later.blocks[0].attn1.processor._parallel_config = ring
+    with pytest.raises(ProblemError, match="by heads alone"):
         later(**inputs())
-    assert not _AttentionBackendRegistry._is_context_parallel_available(AttentionBackendName("rainfusion"))
+    assert _AttentionBackendRegistry._is_context_parallel_available(AttentionBackendName("rainfusion"))
 
 
 @pytest.mark.parametrize("found", ["0.35.2", "0.9", "0.36.0.dev0", "0.42.1", "1.0"])

@@ -1,0 +1,135 @@
+"""Cases of attention whose tokens are spread over ranks, and how a rank runs its part of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import rainfusion
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the whole sequence.
+
+    Args:
+        uneven: shards in the order of the sequence, cut at uneven places; only Ulysses takes them.
+        operands: which of mask and quotas are given.
+    """
+
+    method: str = "ulysses"
+    batch: int = 1
+    heads: int = 4
+    kv_heads: int = 2
+    grid: tuple[int, int, int] = (3, 4, 5)
+    text: int = 7
+    block: int | tuple[int, int] = 4
+    sparsity: float | tuple[float, ...] | None = 0.5
+    policy: rainfusion.Policy | None = None
+    sink: str | None = "first_frame_keys"
+    omitted: str = "drop"
+    kv_lengths: tuple[int, ...] | None = None
+    tensor_layout: str = "bhsd"
+    dtype: str = "float32"
+    uneven: bool = False
+    operand: str | None = None
+
+    @property
+    def layout(self) -> rainfusion.TokenLayout:
+        return rainfusion.TokenLayout(self.grid, self.text, block=self.block, sink=self.sink)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        names = ("grid", "text", "block", "sparsity", "policy", "sink", "omitted", "kv_lengths", "tensor_layout")
+        settings = {name: getattr(self, name) for name in names}
+        settings["kv_lengths"] = None if self.kv_lengths is None else np.array(self.kv_lengths)
+        if self.operand is not None:
+            plan = rainfusion.plan(rainfusion.AttentionProblem(1, self.heads, self.length, self.length, 8), self.layout)
+            rng = np.random.default_rng(1)
+            settings["sparsity"] = None
+            if self.operand == "quotas":
+                free = plan.q_axis.free_blocks, plan.kv_axis.free_blocks
+                settings["quotas"] = rng.integers(0, free[1] + 1, (self.heads, free[0]))
+            else:
+                settings["mask"] = self._mask(rng, (plan.q_axis.blocks, plan.kv_axis.blocks))
+        return settings
+
+    def _mask(self, rng: np.random.Generator, blocks: tuple[int, int]) -> rainfusion.BlockMask:
+        """A mask with empty rows."""
+        import torch
+
+        kept = rng.random((self.batch, self.heads, *blocks)) < 0.3
+        size = self.layout.block
+        return rainfusion.BlockMask(torch.from_numpy(kept), self.length, self.length, size, self.layout)
+
+    @property
+    def length(self) -> int:
+        return int(np.prod(self.grid)) + self.text
+
+    @property
+    def token_axis(self) -> int:
+        return 2 if self.tensor_layout == "bhsd" else 1
+
+    def tensors(self) -> list[Any]:
+        """q, k and v of the whole sequence."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(self.batch, heads, self.length, 8) for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        tensors = [torch.randn(shape, generator=generator).to(getattr(torch, self.dtype)) for shape in shapes]
+        return tensors if self.tensor_layout == "bhsd" else [x.transpose(1, 2).contiguous() for x in tensors]
+
+
+class Result(NamedTuple):
+    """What a device, or all ranks together, computed: ``[batch, heads, tokens, ...]``, and the mask's blocks."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    mask: np.ndarray
+
+
+def as_result(case: Case, out: Any, lse: Any, mask: rainfusion.BlockMask) -> Result:
+    out = out.double().numpy()
+    return Result(
+        out if case.tensor_layout == "bhsd" else out.swapaxes(1, 2), lse.double().numpy(), mask.blocks.numpy()
+    )
+
+
+def on_one_device(case: Case) -> Result:
+    return as_result(case, *rainfusion.attention(*case.tensors(), return_lse=True, return_mask=True, **case.settings))
+
+
+def on_one_device_in_float64(case: Case, mask: np.ndarray) -> Result:
+    """By a given mask, so that both attend to the same blocks."""
+    import torch
+
+    settings = {**case.settings, "sparsity": None, "policy": None, "quotas": None}
+    settings["mask"] = rainfusion.BlockMask(
+        torch.from_numpy(mask), case.length, case.length, case.layout.block, case.layout
+    )
+    tensors = [x.double() for x in case.tensors()]
+    return as_result(case, *rainfusion.attention(*tensors, return_lse=True, return_mask=True, **settings))
+
+
+def on_ranks(group: Any, case: Case) -> Result:
+    """This rank's part of a case, and the results of all ranks put together."""
+    import torch.distributed as dist
+
+    import rainfusion.distributed as rd
+
+    members = group if isinstance(group, dist.ProcessGroup) else group.get_group()
+    axis, world, rank = case.token_axis, dist.get_world_size(members), dist.get_rank(members)
+    if case.uneven:
+        cuts = [case.length * i * i // world**2 + (i > 0) * (world - i) for i in range(world + 1)]
+        shards = [x.narrow(axis, cuts[rank], cuts[rank + 1] - cuts[rank]) for x in case.tensors()]
+        layout, order = rainfusion.TokenLayout(block=case.block), "window"
+    else:
+        shards = [rd.shard(x, case.layout, group=group, axis=axis) for x in case.tensors()]
+        layout, order = case.layout, "given"
+    call = {"group": group, "method": case.method, "order": order, "return_lse": True, "return_mask": True}
+    out, lse, mask = rd.attention(*shards, **call, **case.settings)
+    assert (out.shape, out.dtype) == (shards[0].shape, shards[0].dtype)
+    whole = rd.unshard(out, layout, group=group, axis=axis), rd.unshard(lse, layout, group=group)
+    return as_result(case, *whole, mask)
