@@ -73,8 +73,9 @@ class RainFusionConfig:
         dense_layers: layers that are always dense; negative numbers count from the last.
         block, window, omitted: as in `rainfusion.attention`.
         sink: frames that are never skipped, as in `rainfusion.attention`, or ``"auto"``: the first frame, unless its
-            rows and columns would take more than half of what the sparsity keeps, or skipped blocks are summarised; with
-            head budgets what they were measured with. Sink and window apply to grids of several frames, unless the model's adapter says otherwise.
+            rows and columns would take more than half of what the sparsity keeps, or skipped blocks are summarised;
+            with head budgets what they were measured with. Sink and window apply to grids of several frames, unless
+            the model's adapter says otherwise.
         refresh_every: denoising steps that a block mask is used for at most; 1 selects anew at every step.
         reuse_drift: a head's mask is used again only while the head has drifted no further than this since the mask was
             made, as `rainfusion.integrations.drift` measures it: 0 for queries and keys that stay as they are, 0.1
