@@ -59,7 +59,7 @@ class Site:
             cwd=cwd or self.folder,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,  # and the whole kit takes minutes
             check=False,
         )
 
