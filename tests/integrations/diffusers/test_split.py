@@ -10,9 +10,8 @@ import pytest
 pytest.importorskip("diffusers")
 
 from rainfusion import ProblemError
-from tests.distributed.workers import Workers, workers
+from tests.distributed.workers import Workers
 
-__all__ = ["workers"]
 pytestmark = pytest.mark.distributed
 
 SETTINGS = {"block": 8, "min_blocks": 0, "sparsity": 0.5}
