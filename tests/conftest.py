@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["rainfusion.testing.pytest_plugin", "tests.installed"]
+pytest_plugins = ["rainfusion.testing.pytest_plugin", "tests.installed", "tests.distributed.workers"]
 
 # Derandomised: a run tells about the code, not about the day. No deadline: machines differ.
 settings.register_profile(

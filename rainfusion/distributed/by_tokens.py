@@ -118,25 +118,22 @@ class ByTokens:
 
     def _travel(self, keys_and_values: Tensor) -> Iterator[_Piece]:
         """Start to move keys and values, and give the pieces as they come."""
-        call = self.call
-        axis = call.token_axis + 1
-        if self._ring:
-            return self._around(keys_and_values, axis)
-        return self._at_once(call.ranks.all_gather(keys_and_values, call.kv_lengths, axis))
+        call, axis, shape = self.call, self.call.token_axis + 1, keys_and_values.shape
+        if not self._ring:
+            return self._at_once(call.ranks.all_gather(keys_and_values, call.kv_lengths, axis))
+        shapes = [(*shape[:axis], length, *shape[axis + 1 :]) for length in call.kv_lengths]
+        arriving = call.ranks.around(keys_and_values, shapes)
+        return ((self._kv_starts[rank], call.kv_lengths[rank], piece) for rank, piece in arriving)
 
     def _at_once(self, wait: Wait) -> Iterator[_Piece]:
         yield 0, self.call.problem.kv_len, wait()
 
-    def _around(self, keys_and_values: Tensor, axis: int) -> Iterator[_Piece]:
-        call = self.call
-        shape = keys_and_values.shape
-        shapes = [(*shape[:axis], length, *shape[axis + 1 :]) for length in call.kv_lengths]
-        for rank, piece in call.ranks.around(keys_and_values, shapes):
-            yield self._kv_starts[rank], call.kv_lengths[rank], piece
-
     def _lengths(self, lengths: Any, like: Tensor) -> Tensor | None:
         """Valid tokens of the whole sequence, int32 ``[batch]`` where the tensors are."""
-        return None if lengths is None else torch.as_tensor(lengths, device=like.device).clamp(min=0).to(torch.int32)
+        if lengths is None:
+            return None
+        whole = torch.as_tensor(lengths, device=like.device).to(torch.int64)
+        return whole.clamp(0, self.call.problem.kv_len).to(torch.int32)
 
     def _means(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> dict[str, Tensor]:
         """The block means of all ranks that the call reads."""
@@ -169,9 +166,8 @@ class ByTokens:
         """The mask of the whole sequence; None for dense attention whose mask is not asked for."""
         call = self.call
         if self._selection is not None:
-            (mask,) = run(
-                call.executable(self._selection, q), {**means, **operands}
-            )  # the mask is of the kind of the first
+            given = {**means, **operands}  # means first: the mask is of the kind of the first
+            (mask,) = run(call.executable(self._selection, q), given)
             return BlockMask(mask.blocks, mask.q_len, mask.kv_len, mask.block, call.settings.layout())
         if operands["mask"] is not None:
             return operands["mask"]  # type: ignore[no-any-return]

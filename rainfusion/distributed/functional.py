@@ -97,7 +97,6 @@ def attention(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-@torch.no_grad()
 def _attend(
     ranks: Ranks,
     method: str,
@@ -121,7 +120,8 @@ def _attend(
     whole, notes = run.call.whole
     if operands["mask"] is not None and (objection := whole.objection(operands["mask"])):
         raise MaskError(objection)
-    return run(*tensors, operands), notes
+    with torch.no_grad():
+        return run(*tensors, operands), notes
 
 
 def _asked(

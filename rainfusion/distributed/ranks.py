@@ -112,29 +112,44 @@ class Ranks:
     def around(self, mine: Tensor, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Tensor]]:
         """The tensors of all ranks one after the other, as (rank, tensor), this rank's own first.
 
-        The next one travels around the ring of ranks while the caller works on the one that it has.
+        The next one travels around the ring of ranks while the caller works on the one that it has, the first of them
+        from now on.
 
         Args:
             shapes: the shape of every rank's tensor.
         """
-        after, before = (self._peer(self.rank + step) for step in (1, -1))
-        owner, held = self.rank, mine.contiguous()
-        for left in reversed(range(self.world)):
-            if not left:
-                yield owner, held
-                return
-            coming = (owner - 1) % self.world
-            arriving = held.new_empty(shapes[coming])
-            works = dist.batch_isend_irecv(
-                [
-                    dist.P2POp(dist.isend, held, after, self.group),
-                    dist.P2POp(dist.irecv, arriving, before, self.group),
-                ]
-            )
+        held = mine.contiguous()
+        return self._arriving(held, self._pass_on(held, self.rank, shapes), shapes)
+
+    def _arriving(
+        self, held: Tensor, wait: Wait | None, shapes: Sequence[tuple[int, ...]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        owner = self.rank
+        yield owner, held
+        while wait is not None:
+            held, owner = wait(), (owner - 1) % self.world
+            wait = self._pass_on(held, owner, shapes)
             yield owner, held
+
+    def _pass_on(self, held: Tensor, owner: int, shapes: Sequence[tuple[int, ...]]) -> Wait | None:
+        """Start to send what this rank holds to the next one, and to receive; None where this rank has seen all."""
+        coming = (owner - 1) % self.world
+        if coming == self.rank:
+            return None
+        arriving = held.new_empty(shapes[coming])
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, held, self._peer(self.rank + 1), self.group),
+                dist.P2POp(dist.irecv, arriving, self._peer(self.rank - 1), self.group),
+            ]
+        )
+
+        def wait() -> Tensor:
             for work in works:
                 work.wait()
-            owner, held = coming, arriving
+            return arriving
+
+        return wait
 
     def _peer(self, rank: int) -> int:
         return int(dist.get_global_rank(self.group, rank % self.world))

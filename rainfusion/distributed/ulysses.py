@@ -108,7 +108,7 @@ class Ulysses:
         mine, cut = self._heads[self.call.ranks.rank], dict(operands)
         mask, quotas = operands["mask"], operands["quotas"]
         if mask is not None:
-            blocks = _taken(mask.blocks, mine, 1)
+            blocks = _taken(mask.blocks, mine, 1).contiguous()
             cut["mask"] = BlockMask(blocks, mask.q_len, mask.kv_len, mask.block, mask.layout)
         if quotas is not None and quotas.ndim == 2 and quotas.shape[0] == self.call.problem.heads > 1:
             cut["quotas"] = quotas[list(mine)]

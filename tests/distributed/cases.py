@@ -11,6 +11,18 @@ import rainfusion
 
 
 @dataclass(frozen=True)
+class NearestForSome(rainfusion.Policy):
+    """A policy of one's own: the first heads keep the blocks beside their own, the others more by their scores."""
+
+    def budget(self, q: rainfusion.BlockedAxis, kv: rainfusion.BlockedAxis, heads: int) -> rainfusion.Budget:
+        return rainfusion.Budget(np.arange(1, heads + 1)[:, None] * np.ones((1, q.free_blocks), np.int64))
+
+    def prior(self, q: rainfusion.BlockedAxis, kv: rainfusion.BlockedAxis) -> np.ndarray:
+        away = np.abs(np.arange(q.blocks)[:, None] - np.arange(kv.blocks))
+        return np.stack([-100.0 * away, -100.0 * away, 0 * away, -0.1 * away])
+
+
+@dataclass(frozen=True)
 class Case:
     """One call of the whole sequence.
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import rainfusion
 from rainfusion.testing import tolerance
-from tests.distributed.cases import Case, Result, on_one_device, on_one_device_in_float64, on_ranks
+from tests.distributed.cases import Case, NearestForSome, Result, on_one_device, on_one_device_in_float64, on_ranks
 from tests.distributed.workers import WORLD, Workers
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore::rainfusion.SparsityWarning")]
@@ -32,6 +32,7 @@ CASES = {
     "bshd and bfloat16": Case(tensor_layout="bshd", dtype="bfloat16", heads=5, kv_heads=5),
     "mass": Case(sparsity=None, policy=rainfusion.TopP(0.6)),
     "mass and shares": Case(sparsity=None, policy=rainfusion.Hybrid((0.8, 0.5, 0.9, 0.7), 0.4)),
+    "a policy with a prior a head": Case(sparsity=None, policy=NearestForSome()),
     "quotas": Case(operand="quotas"),
     "a mask with empty rows": Case(operand="mask"),
     "no text": Case(text=0, sink=None),

@@ -113,6 +113,10 @@ def other_shards(group: Any) -> Any:
     return rd.unshard(tensors(heads=1 + rank_of(group))[0], LAYOUT, group=group)
 
 
+def one_wants_a_gradient(group: Any) -> Any:
+    return call(group, tensors(requires_grad=rank_of(group) == 1))
+
+
 def no_group(group: Any) -> Any:
     return call("all of them")
 
@@ -149,6 +153,7 @@ EVERYWHERE: dict[Callable[[Any], Any], str] = {
 }
 ON_ONE: dict[Callable[[Any], Any], tuple[int, str]] = {
     one_fails: (1, "sparsity=2.0"),
+    one_wants_a_gradient: (1, "grad"),
     one_has_no_tensor: (1, "q=None is a NoneType"),
     one_has_no_tokens: (1, "q_len"),
     one_has_no_backend: (0, "nothing"),

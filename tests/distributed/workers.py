@@ -62,11 +62,13 @@ class Workers:
         return answers
 
     def stop(self) -> None:
-        """End the processes."""
+        """End the processes, by force where they do not end by themselves."""
+        for pipe in self._pipes:
+            pipe.close()
         for process in self._processes:
+            process.join(5)
             process.kill()
-        for process in self._processes:
-            process.join(10)
+            process.join(5)
 
 
 def _serve(pipe: Connection, rank: int, rendezvous: str) -> None:

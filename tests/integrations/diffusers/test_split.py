@@ -10,9 +10,8 @@ import pytest
 pytest.importorskip("diffusers")
 
 from rainfusion import ProblemError
-from tests.distributed.workers import Workers, workers
+from tests.distributed.workers import Workers
 
-__all__ = ["workers"]
 pytestmark = pytest.mark.distributed
 
 SETTINGS = {"block": 8, "min_blocks": 0, "sparsity": 0.5}
@@ -67,6 +66,23 @@ def sparse(_: Any, settings: dict[str, Any], order: str, degrees: dict[str, Any]
         split(tiny, **degrees)
     outputs = [forward(tiny, step) for step in range(3)]
     return outputs, [(row.layer, row.kind) for row in handle.report().rows]
+
+
+def compiled(_: Any) -> tuple[np.ndarray, np.ndarray, int]:
+    """One forward, the same compiled, and how many attention calls were sparse."""
+    import warnings
+
+    from rainfusion.integrations.diffusers import apply_rainfusion
+
+    tiny = model()
+    handle = apply_rainfusion(tiny, **SETTINGS)
+    split(tiny, ulysses_degree=2)
+    before = forward(tiny)
+    tiny.compile(backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about what it traces
+        after = forward(tiny)
+    return before, after, [row.kind for row in handle.report().rows].count("sparse")
 
 
 def removed(_: Any) -> np.ndarray:
@@ -126,6 +142,12 @@ def test_uneven_heads_in_the_mode_for_anything(workers: Workers) -> None:
 
 def sparse_of_three_heads(group: Any, settings: dict[str, Any], degrees: dict[str, Any]) -> Any:
     return sparse(group, settings, "apply first", degrees, num_attention_heads=3)
+
+
+def test_compiled_it_computes_the_same(workers: Workers) -> None:
+    for before, after, sparse_calls in workers.results(4, compiled):
+        np.testing.assert_allclose(after, before, atol=2e-5 * np.abs(before).max())
+        assert sparse_calls == 6  # 3 layers, twice
 
 
 def test_a_sequence_split_meanwhile_stays_split(workers: Workers) -> None:
