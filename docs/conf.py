@@ -13,4 +13,5 @@ html_title = "rainfusion"
 exclude_patterns = ["_build"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+autodoc_mock_imports = ["torch"]  # the documentation is built without it
 napoleon_google_docstring = True

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -163,12 +164,19 @@ def test_the_first_interrupt_ends_the_command(site: Any) -> None:
     installed(site, "open('started', 'w').close(); time.sleep(600)")
     path = os.pathsep.join(filter(None, [str(site.folder), os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, **OFF, "PYTHONPATH": path}
-    process = subprocess.Popen([sys.executable, *COMMAND], env=environ, cwd=site.folder, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *COMMAND],
+        env=environ,
+        cwd=site.folder,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - background jobs ignore it
+    )
     try:
         while not (site.folder / "started").exists():
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) != 0
+        assert process.wait(timeout=30) != 0
     finally:
         process.kill()
+        process.wait()

@@ -126,8 +126,11 @@ class Layer:
         backend = getattr(self.processor, "_attention_backend", BACKEND)
         if self.adapter.call == "dispatch" and backend is not BACKEND:
             self.inner._attention_backend = backend
-        if hasattr(self.inner, "_parallel_config"):  # a sequence that has been split since stays split
-            self.inner._parallel_config = self.processor._parallel_config
+        split = getattr(self.processor, "_parallel_config", None)
+        if (
+            getattr(self.inner, "_parallel_config", None) is not split
+        ):  # a sequence that has been split since stays split
+            self.inner._parallel_config = split
         self.module.processor = self.inner
 
     def attend(
