@@ -36,11 +36,11 @@ def denoised(bench: Bench, run: Run) -> tuple[Tensor, dict[str, Any]]:
         base = RainFusionConfig.of({**_arguments_of(base), "sparsity": calibration.budget(run.share)})
     handle = apply_rainfusion(bench.model, base)
     try:
-        made = video.denoise(bench.model, bench.asked, bench.noise, steps=bench.steps)
+        outputs = video.denoise(bench.model, bench.asked, bench.noise, steps=bench.steps)
         report = handle.report()
     finally:
         handle.remove()
-    return made, found | {"density": report.density, "reused": report.reused}
+    return outputs, found | {"density": report.density, "reused": report.reused}
 
 
 def _calibration(bench: Bench, config: RainFusionConfig) -> Calibration:

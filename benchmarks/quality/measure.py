@@ -48,12 +48,12 @@ def main() -> None:
     for group in args.groups:
         for run in GROUPS[group](bench.grid):
             started = time.perf_counter()
-            row, made = bench.measured(run)
+            row, outputs = bench.measured(run)
             row |= {"group": group, "seconds": round(time.perf_counter() - started, 2)}
             record["runs"].append(row)
             _say(row)
             if run.picture:
-                kept[f"{run.rule.name} {run.share} {run.note}".strip()] = _frames(made)
+                kept[f"{run.rule.name} {run.share} {run.note}".strip()] = _frames(outputs)
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -92,14 +92,14 @@ class Bench:
     def measured(self, run: Run) -> tuple[dict[str, Any], Tensor]:
         """The record of a run, and its videos."""
         if run.config is not None:
-            made, found = applied.denoised(self, run)
+            outputs, found = applied.denoised(self, run)
         else:
             watch = Watch(self.grid, self.steps)
             with self._attention(run, watch) as before:
-                made = video.denoise(self.model, self.asked, self.noise, steps=self.steps, before=before)
+                outputs = video.denoise(self.model, self.asked, self.noise, steps=self.steps, before=before)
             found = watch.found()
         row = {"rule": run.rule.name, "asked": run.share, "dense_steps": run.dense_steps, "note": run.note}
-        return row | found | metrics.compared(made, self.dense), made
+        return row | found | metrics.compared(outputs, self.dense), outputs
 
     @contextlib.contextmanager
     def _attention(self, run: Run, watch: Watch) -> Iterator[Any]:
@@ -164,10 +164,10 @@ def drawn(count: int, grid: Sizes, seed: int, device: torch.device) -> tuple[vid
     return video.Task(*(x.to(device) for x in asked)), noise.to(device)
 
 
-def _frames(made: Tensor) -> np.ndarray:
+def _frames(outputs: Tensor) -> np.ndarray:
     """Some frames of the first and the last video, uint8 ``[2, frames, H, W, 3]``."""
-    times = torch.linspace(0, made.shape[2] - 1, _FRAMES_KEPT).round().long().to(made.device)
-    picked = made[[0, -1]].float().clamp(-1, 1).index_select(2, times)
+    times = torch.linspace(0, outputs.shape[2] - 1, _FRAMES_KEPT).round().long().to(outputs.device)
+    picked = outputs[[0, -1]].float().clamp(-1, 1).index_select(2, times)
     return ((picked + 1) * 127.5).permute(0, 2, 3, 4, 1).byte().cpu().numpy()
 
 

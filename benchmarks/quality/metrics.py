@@ -7,31 +7,31 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 
-def compared(made: Tensor, dense: Tensor) -> dict[str, list[float]]:
+def compared(outputs: Tensor, dense: Tensor) -> dict[str, list[float]]:
     """Every metric of every video.
 
     Args:
-        made, dense: ``[B, 3, F, H, W]`` in [-1, 1] before clamping.
+        outputs, dense: ``[B, 3, F, H, W]`` in [-1, 1] before clamping.
 
     Returns:
         ``relative_l1``; ``psnr`` in dB, ``ssim`` and ``cosine`` of the pictures; ``temporal``, the mean absolute
         difference between changes from frame to frame, over that of the dense video.
     """
-    a, b = ((x.float().clamp(-1, 1) + 1) / 2 for x in (made, dense))
+    a, b = ((x.float().clamp(-1, 1) + 1) / 2 for x in (outputs, dense))
     error = (a - b).square().flatten(1).mean(1)
     change, expected = a.diff(dim=2), b.diff(dim=2)
     return {
-        "relative_l1": _list((made - dense).abs().flatten(1).sum(1) / dense.abs().flatten(1).sum(1)),
+        "relative_l1": _list((outputs - dense).abs().flatten(1).sum(1) / dense.abs().flatten(1).sum(1)),
         "psnr": _list(-10 * error.clamp(min=1e-10).log10()),
         "ssim": _list(_ssim(a, b)),
-        "cosine": _list(torch.nn.functional.cosine_similarity(made.float().flatten(1), dense.float().flatten(1))),
+        "cosine": _list(torch.nn.functional.cosine_similarity(outputs.float().flatten(1), dense.float().flatten(1))),
         "temporal": _list((change - expected).abs().flatten(1).sum(1) / expected.abs().flatten(1).sum(1)),
     }
 
 
-def psnr(made: Tensor, truth: Tensor) -> list[float]:
+def psnr(outputs: Tensor, truth: Tensor) -> list[float]:
     """In dB, of every video against the truth."""
-    error = ((made.float().clamp(-1, 1) - truth) / 2).square().flatten(1).mean(1)
+    error = ((outputs.float().clamp(-1, 1) - truth) / 2).square().flatten(1).mean(1)
     return _list(-10 * error.log10())
 
 

@@ -209,8 +209,8 @@ def drawn_well(model: WanTransformer3DModel, grid: Grid, device: torch.device, b
         asked = video.task(scenes.draw(batch, generator), grid, torch.full((batch,), frame, device=device))
         noise = torch.randn(asked.video.shape, device=device, generator=generator)
         with torch.autocast(device.type, torch.bfloat16):
-            made = video.denoise(model, asked, noise)
-        error = ((made.clamp(-1, 1) - asked.video) / 2).square().mean(dim=(1, 2, 3, 4))
+            outputs = video.denoise(model, asked, noise)
+        error = ((outputs.clamp(-1, 1) - asked.video) / 2).square().mean(dim=(1, 2, 3, 4))
         found[name] = round(float((-10 * error.log10()).mean()), 2)
     return found
 
