@@ -80,7 +80,7 @@ class TorchArrays(Backend):
 
 
 class _Threads:
-    """Whether torch's threads on the CPU are in this process: OpenMP waits for ever for those a fork left behind."""
+    """Whether torch's threads on the CPU are in this process: OpenMP waits without end for those a fork left behind."""
 
     def __init__(self) -> None:
         self._used = self._lost = False

@@ -239,8 +239,8 @@ class Engine:
         stale = kept.stale(call.moment, means)
         if len(stale) == call.heads:
             budget = {**assessed.budget, "return_mask": True}
-            out, made = rainfusion.attention(call.q, call.k, call.v, **budget, **call.settings)
-            kept.put(stale, made, call.moment, means)
+            out, mask = rainfusion.attention(call.q, call.k, call.v, **budget, **call.settings)
+            kept.put(stale, mask, call.moment, means)
             return out, 0.0
         if stale:
             kept.put(stale, call.select(stale), call.moment, means)

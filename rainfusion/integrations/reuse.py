@@ -27,7 +27,7 @@ Array = Any
 ReadMeans = Callable[[], Means]
 
 
-class Made(NamedTuple):
+class Origin(NamedTuple):
     """When a head's mask was made.
 
     Attributes:
@@ -109,7 +109,7 @@ class HeadMasks:
     def __init__(self, heads: int, every: int, limit: float | None) -> None:
         self._every, self._limit = every, math.inf if limit is None else limit
         self._call = 0
-        self._made: list[Made | None] = [None] * heads
+        self._origins: list[Origin | None] = [None] * heads
         self._mask: PackedMask | None = None
         self._reference: Means | None = None
         self._readings = Readings()
@@ -124,8 +124,8 @@ class HeadMasks:
             means: those of the call.
         """
         self._call += 1
-        heads = range(len(self._made))
-        over = {head for head in heads if self._is_over(self._made[head], moment)}
+        heads = range(len(self._origins))
+        over = {head for head in heads if self._is_over(self._origins[head], moment)}
         if means is None or len(over) == len(heads):
             return tuple(sorted(over))
         drifts = self._drifts(moment.context, means)
@@ -134,27 +134,27 @@ class HeadMasks:
         more = rounded(len(stale), len(heads)) - len(stale)
         return tuple(sorted([*stale, *others[:more]]))
 
-    def _is_over(self, made: Made | None, moment: Moment) -> bool:
-        if made is None or moment.step - made.step >= self._every:
+    def _is_over(self, origin: Origin | None, moment: Moment) -> bool:
+        if origin is None or moment.step - origin.step >= self._every:
             return True
         # A step that begins again, or another forward of it, which the host did not tell apart.
-        return moment.step == made.step and moment.context == made.context
+        return moment.step == origin.step and moment.context == origin.context
 
     def _drifts(self, context: str, means: ReadMeans) -> list[float]:
         """The newest drift that has arrived for every head since its mask was made; 0 where there is none.
 
         A mask that contexts share is watched in the context that made it: the others differ by their prompt.
         """
-        if self._reference is None or not any(self._is_of(context, head) for head in range(len(self._made))):
-            return [0.0] * len(self._made)
+        if self._reference is None or not any(self._is_of(context, head) for head in range(len(self._origins))):
+            return [0.0] * len(self._origins)
         self._readings.add(Measured(context, self._call, arriving(drift(means(), self._reference))))
         call, values = self._readings.newest(context)
-        return [values[h] if self._is_of(context, h, before=call) else 0.0 for h in range(len(self._made))]
+        return [values[h] if self._is_of(context, h, before=call) else 0.0 for h in range(len(self._origins))]
 
     def _is_of(self, context: str, head: int, before: float = math.inf) -> bool:
         """Whether a head's mask was made in a context, before a call."""
-        made = self._made[head]
-        return made is not None and made.context == context and made.call < before
+        origin = self._origins[head]
+        return origin is not None and origin.context == context and origin.call < before
 
     # -- the masks -----------------------------------------------------------------------------------
 
@@ -172,15 +172,15 @@ class HeadMasks:
             means: those of the call.
         """
         packed, new = mask.packed(), None if means is None else means()
-        if self._mask is not None and len(heads) < len(self._made):
+        if self._mask is not None and len(heads) < len(self._origins):
             packed = replace(self._mask, bits=replaced(self._mask.bits, packed.bits, heads, axis=1))
             if new is not None and self._reference is not None:
                 old = self._reference
                 new = Means(*(replaced(o, n, heads, 2, whole=True) for o, n in zip(old, new, strict=True)))
         self._mask, self._reference = packed, new
         for head in heads:
-            self._made[head] = Made(moment.step, moment.context, self._call)
-        self._readings.forget(min(made.call for made in self._made if made is not None))
+            self._origins[head] = Origin(moment.step, moment.context, self._call)
+        self._readings.forget(min(origin.call for origin in self._origins if origin is not None))
 
 
 def rounded(number: int, most: int) -> int:
