@@ -4,7 +4,7 @@
 #   make test         all of that and the whole suite, as CI runs them
 #   make test-oldest  the core, the public functions and the CPU backends with the oldest versions that are allowed
 #   make coverage     which lines of rainfusion/core its tests run; fails below the floor in pyproject.toml
-#   make quality      a small trained video model, dense against sparse, in about a quarter of an hour
+#   make quality      a small trained video model, dense against sparse, in a few minutes
 
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
