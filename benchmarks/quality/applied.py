@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -33,7 +34,7 @@ def denoised(bench: Bench, run: Run) -> tuple[Tensor, dict[str, Any]]:
         calibration = _calibration(bench, base)
         table = calibration.tables[0]
         found["predicted"] = table.predicted(calibration.budget(run.share).models[0].shares)
-        base = RainFusionConfig.of({**_arguments_of(base), "sparsity": calibration.budget(run.share)})
+        base = replace(base, sparsity=calibration.budget(run.share))
     handle = apply_rainfusion(bench.model, base)
     try:
         outputs = video.denoise(bench.model, bench.asked, bench.noise, steps=bench.steps)
@@ -58,7 +59,3 @@ def _calibration(bench: Bench, config: RainFusionConfig) -> Calibration:
         )
         print(_calibrations[key].summary(), flush=True)
     return _calibrations[key]
-
-
-def _arguments_of(config: RainFusionConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}

@@ -18,11 +18,10 @@ def compared(outputs: Tensor, dense: Tensor) -> dict[str, list[float]]:
         difference between changes from frame to frame, over that of the dense video.
     """
     a, b = ((x.float().clamp(-1, 1) + 1) / 2 for x in (outputs, dense))
-    error = (a - b).square().flatten(1).mean(1)
     change, expected = a.diff(dim=2), b.diff(dim=2)
     return {
         "relative_l1": _list((outputs - dense).abs().flatten(1).sum(1) / dense.abs().flatten(1).sum(1)),
-        "psnr": _list(-10 * error.clamp(min=1e-10).log10()),
+        "psnr": psnr(outputs, dense),
         "ssim": _list(_ssim(a, b)),
         "cosine": _list(torch.nn.functional.cosine_similarity(outputs.float().flatten(1), dense.float().flatten(1))),
         "temporal": _list((change - expected).abs().flatten(1).sum(1) / expected.abs().flatten(1).sum(1)),
@@ -30,9 +29,9 @@ def compared(outputs: Tensor, dense: Tensor) -> dict[str, list[float]]:
 
 
 def psnr(outputs: Tensor, truth: Tensor) -> list[float]:
-    """In dB, of every video against the truth."""
-    error = ((outputs.float().clamp(-1, 1) - truth) / 2).square().flatten(1).mean(1)
-    return _list(-10 * error.log10())
+    """In dB, of every video against the truth; at most 100."""
+    error = ((outputs.float().clamp(-1, 1) - truth.float().clamp(-1, 1)) / 2).square().flatten(1).mean(1)
+    return _list(-10 * error.clamp(min=1e-10).log10())
 
 
 def _ssim(a: Tensor, b: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ import numpy as np
 from scipy.stats import ttest_rel
 
 from quality import pictures
+from quality.groups import SINKS
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.parts import Grid
 
 ROOT = Path(__file__).parents[2]
 RECORDS, PAGE, IMAGES = ROOT / "hw_matrix/results/quality", ROOT / "docs/quality.md", ROOT / "docs/images"
-RULE_OF_SINK = {"rows and columns": "first_frame", "columns": "first_frame_keys", "none": None}
+SINK_OF = {said: sink for sink, said in SINKS}
 
 Row = dict[str, Any]
 
@@ -113,7 +114,7 @@ def _said(row: Row) -> str:
 
 def spent(row: Row, grid: tuple[int, int, int]) -> tuple[float, float]:
     """Of the block pairs that a run kept: the share that its sink takes, and what that leaves each other row."""
-    sink = next((sink for said, sink in RULE_OF_SINK.items() if row["rule"].startswith(f"sink {said}")), None)
+    sink = next((sink for said, sink in SINK_OF.items() if row["rule"].startswith(f"sink {said}")), None)
     sink = "first_frame" if row["rule"] == "published" else sink
     layout = TokenLayout(parts=(Grid(*grid, sink=sink),), block=128)
     rows, columns = (layout.axis(layout.length or 0, side) for side in (0, 1))
@@ -127,7 +128,7 @@ def _sinks(runs: list[Row]) -> str:
     shares = sorted({row["asked"] for row in runs if row["group"] == "sinks"})
     lines = ["| sink | " + " | ".join(f"{share:.0%}" for share in shares) + " |", "|---|" + "---|" * len(shares)]
     for also in ("", ", summaries"):
-        for said in RULE_OF_SINK:
+        for said in SINK_OF:
             found = [_find(runs, f"sink {said}{also}", share) for share in shares]
             base = [_find(runs, f"sink rows and columns{also}", share) for share in shares]
             cells = [f"{_mean(row)}{_missed(row)}{_mark(row, other)}" for row, other in zip(found, base, strict=True)]

@@ -14,8 +14,9 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from quality import model as video
 from quality import scenes
+from quality.metrics import psnr
 
 Grid = tuple[int, int, int]
 
@@ -57,7 +59,7 @@ def main() -> None:
     args = _arguments()
     rank, ranks, device = _join(args.device)
     torch.manual_seed(args.seed)
-    stages = [Stage(s.grids, s.batches, n, s.shift) for s, n in zip(STAGES, args.steps, strict=True)]
+    stages = [replace(stage, steps=steps) for stage, steps in zip(STAGES, args.steps, strict=True)]
     training = Training(device, rank, ranks, args, sum(stage.steps for stage in stages))
     for stage in stages:
         training.run(stage)
@@ -89,18 +91,18 @@ class Training:
         started, seen = time.perf_counter(), torch.zeros((), device=self.device)
         for step in range(stage.steps):
             which = step % len(stage.grids)
-            loss = self._loss(stage.grids[which], stage.batches[which], stage.shift)
-            loss.backward()
+            error = self._loss(stage.grids[which], stage.batches[which], stage.shift)
+            error.backward()
             self._share_gradients()
             self._step()
-            seen += loss.detach()
+            seen += error.detach()
             if (step + 1) % 100 == 0 or step + 1 == stage.steps:
-                torch.cuda.synchronize() if self.device.type == "cuda" else None
+                loss = float(seen) / (step % 100 + 1)  # waits for the device
                 row = {
                     "grid": stage.grids[which],
                     "step": step + 1,
                     "seconds": round(time.perf_counter() - started, 1),
-                    "loss": round(float(seen) / (step % 100 + 1), 5),
+                    "loss": round(loss, 5),
                 }
                 self.log.append(row)
                 seen.zero_()
@@ -210,8 +212,7 @@ def drawn_well(model: WanTransformer3DModel, grid: Grid, device: torch.device, b
         noise = torch.randn(asked.video.shape, device=device, generator=generator)
         with torch.autocast(device.type, torch.bfloat16):
             outputs = video.denoise(model, asked, noise)
-        error = ((outputs.clamp(-1, 1) - asked.video) / 2).square().mean(dim=(1, 2, 3, 4))
-        found[name] = round(float((-10 * error.log10()).mean()), 2)
+        found[name] = round(fmean(psnr(outputs, asked.video)), 2)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rainfusion.cli.arguments import JSON, shares
+from rainfusion.cli.models import of_diffusers
 
 _MOST_PROMPTS = 2**20  # bytes of a file
 _MOST_CONFIG = 2**24
@@ -53,7 +54,7 @@ def calibrate(
     from rainfusion.integrations.calibration import SHARES
     from rainfusion.integrations.config import RainFusionConfig
 
-    measure = _calibrate()
+    measure = of_diffusers("calibrate").calibrate
     chosen = (
         RainFusionConfig() if config is None else RainFusionConfig.from_json(_text(config, _MOST_CONFIG, "--config"))
     )
@@ -90,23 +91,6 @@ def calibrate(
     else:
         stdout().print(found.table(), soft_wrap=False)
         stdout().print(found.said(), highlight=False, markup=False)
-
-
-def _calibrate() -> Any:
-    """The function `calibrate` of the integration.
-
-    Raises:
-        BackendUnavailableError: diffusers, or what it needs, is missing or too old.
-    """
-    from rainfusion.core.errors import BackendUnavailableError
-
-    try:
-        from rainfusion.integrations.diffusers.calibrate import calibrate as measure
-    except ModuleNotFoundError as missing:
-        raise BackendUnavailableError(
-            f"{missing.name} is not installed", "pip install 'rainfusion[diffusers]'"
-        ) from None
-    return measure
 
 
 def _text(path: Path, most: int, option: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from rainfusion.cli.arguments import JSON
@@ -24,8 +25,8 @@ def models(as_json: JSON = False) -> None:
     stdout().print(_table(found, version), soft_wrap=False)
 
 
-def _models() -> tuple[list[dict[str, Any]], str]:
-    """A record for every model class, those left alone last, and the version of diffusers.
+def of_diffusers(module: str) -> Any:
+    """A module of the diffusers integration, which says by itself what it lacks of diffusers.
 
     Raises:
         BackendUnavailableError: diffusers, or what it needs, is missing or too old.
@@ -33,14 +34,23 @@ def _models() -> tuple[list[dict[str, Any]], str]:
     from rainfusion.core.errors import BackendUnavailableError
 
     try:
-        from rainfusion.integrations.diffusers.adapter import known  # says by itself what it lacks of diffusers
+        return importlib.import_module(f"rainfusion.integrations.diffusers.{module}")
     except ModuleNotFoundError as missing:
         raise BackendUnavailableError(
             f"{missing.name} is not installed", "pip install 'rainfusion[diffusers]'"
         ) from None
+
+
+def _models() -> tuple[list[dict[str, Any]], str]:
+    """A record for every model class, those left alone last, and the version of diffusers.
+
+    Raises:
+        BackendUnavailableError: diffusers, or what it needs, is missing or too old.
+    """
+    adapter = of_diffusers("adapter")
     import diffusers
 
-    adapters, left_alone = known()
+    adapters, left_alone = adapter.known()
     there = {*dir(diffusers), *dir(diffusers.models)}
     listed = [
         {"family": one.family, "model": name, "installed": name in there, "tested": one.tested, "left_alone": None}

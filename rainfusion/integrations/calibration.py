@@ -25,7 +25,7 @@ from rainfusion.integrations.head_budgets import (
     ModelBudgets,
     as_list,
     as_text,
-    check_names,
+    named_records,
     record_as,
     set_field,
 )
@@ -37,7 +37,6 @@ SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _FORMAT, _VERSION = "rainfusion calibration", 1
 _MOST_BYTES = 2**24  # 80 layers of 128 heads at 16 shares take 4 MB
 _MOST_SHARES = 32
-_MOST_MODELS = 16
 _MOST_ERROR = 1e30  # so that weights, errors and their sums stay finite
 
 HeadShares = tuple[tuple[float, ...], ...]
@@ -192,13 +191,7 @@ class Calibration:
     prompts: int = 1
 
     def __post_init__(self) -> None:
-        tables = as_list(self.tables, "tables", _MOST_MODELS)
-        set_field(
-            self,
-            "tables",
-            tuple(t if isinstance(t, ErrorTable) else record_as(ErrorTable, t, "tables") for t in tables),
-        )
-        check_names(table.name for table in self.tables)
+        set_field(self, "tables", named_records(ErrorTable, self.tables, "tables"))
         set_field(self, "sparsity", as_share(self.sparsity, "sparsity", CalibrationError, top=False))
         for name in ("ranks", "prompts"):
             set_field(self, name, as_int(getattr(self, name), name, CalibrationError))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -135,13 +135,7 @@ class HeadBudgets:
     ranks: int = 1
 
     def __post_init__(self) -> None:
-        models = as_list(self.models, "models", _MOST_MODELS)
-        set_field(
-            self,
-            "models",
-            tuple(m if isinstance(m, ModelBudgets) else record_as(ModelBudgets, m, "models") for m in models),
-        )
-        check_names(model.name for model in self.models)
+        set_field(self, "models", named_records(ModelBudgets, self.models, "models"))
         set_field(self, "sparsity", as_share(self.sparsity, "sparsity", CalibrationError, top=False))
         set_field(self, "ranks", as_int(self.ranks, "ranks", CalibrationError))
 
@@ -212,11 +206,13 @@ def as_record(value: Any, name: str) -> dict[str, Any]:
     return dict(value)
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Refuse no names, and a name that is there twice."""
-    listed = list(names)
-    if not listed or len({*listed}) < len(listed):
-        raise CalibrationError(f"models are named {shown(listed)}; give one or more, each under a name of its own")
+def named_records(cls: type[Any], values: Any, name: str) -> tuple[Any, ...]:
+    """One record a model, given as themselves or as mappings; each has a name of its own."""
+    records = tuple(v if isinstance(v, cls) else record_as(cls, v, name) for v in as_list(values, name, _MOST_MODELS))
+    names = [record.name for record in records]
+    if not names or len({*names}) < len(names):
+        raise CalibrationError(f"models are named {shown(names)}; give one or more, each under a name of its own")
+    return records
 
 
 def pair_of(block: int | tuple[int, int]) -> tuple[int, int]:

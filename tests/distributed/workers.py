@@ -1,4 +1,4 @@
-"""Four processes of one group on gloo, which run functions of tests; nothing in here can wait for ever."""
+"""Four processes of one group on gloo, which run functions of tests; nothing in here can wait without end."""
 
 from __future__ import annotations
 
