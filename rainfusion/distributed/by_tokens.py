@@ -95,9 +95,10 @@ class ByTokens:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> list[Any]:
         """The values that the call returns, of this rank's tokens; the mask is that of the whole sequence."""
         call = self.call
-        pieces = self._travel(torch.stack([k, v]))
         lengths = self._lengths(operands["kv_lengths"], q)
-        means = self._means(q, k, v, lengths)
+        waits = self._means(q, k, v, lengths)  # first, for on GPUs transfers are made one after the other
+        pieces = self._travel(torch.stack([k, v]))
+        means = {name: wait() for name, wait in waits.items()}
         mask = self._mask(q, means, {**operands, "kv_lengths": lengths})
         out = lse = None
         for start, kv_len, (keys, values) in pieces:
@@ -135,8 +136,8 @@ class ByTokens:
         whole = torch.as_tensor(lengths, device=like.device).to(torch.int64)
         return whole.clamp(0, self.call.problem.kv_len).to(torch.int32)
 
-    def _means(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> dict[str, Tensor]:
-        """The block means of all ranks that the call reads."""
+    def _means(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> dict[str, Wait]:
+        """Start to gather the block means of all ranks that the call reads."""
         reads = {"qb": self._selection is not None}
         reads["kb"] = reads["qb"] or self._summarises
         reads["vb"] = self._summarises
@@ -160,7 +161,7 @@ class ByTokens:
             tokens = self.call.q_lengths if of_queries else self.call.kv_lengths
             blocks = [-(-n // self._block[0 if of_queries else 1]) for n in tokens]
             started[name] = self.call.ranks.all_gather(mean, blocks, 2)
-        return {name: wait() for name, wait in started.items()}
+        return started
 
     def _mask(self, q: Tensor, means: Mapping[str, Tensor], operands: Mapping[str, Any]) -> BlockMask | None:
         """The mask of the whole sequence; None for dense attention whose mask is not asked for."""
