@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import rainfusion
+from tests.distributed.workers import BACKEND, DEVICE
+
+_ON_GPUS = {"float32": "bfloat16", "float64": "float16"}  # whose units multiply matrices of 16 bits
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Case:
 
     Args:
         uneven: shards in the order of the sequence, cut at uneven places; only Ulysses takes them.
-        operands: which of mask and quotas are given.
+        operand: which of mask and quotas is given.
     """
 
     method: str = "ulysses"
@@ -47,6 +50,13 @@ class Case:
     dtype: str = "float32"
     uneven: bool = False
     operand: str | None = None
+    head_dim: int = 8
+
+    @property
+    def computes_in(self) -> str:
+        """The dtype of the tensors where this run computes."""
+        found = _ON_GPUS.get(self.dtype, self.dtype) if DEVICE == "cuda" else self.dtype
+        return "float32" if BACKEND == "triton" and found == "float64" else found
 
     @property
     def layout(self) -> rainfusion.TokenLayout:
@@ -74,7 +84,7 @@ class Case:
 
         kept = rng.random((self.batch, self.heads, *blocks)) < 0.3
         size = self.layout.block
-        return rainfusion.BlockMask(torch.from_numpy(kept), self.length, self.length, size, self.layout)
+        return rainfusion.BlockMask(torch.from_numpy(kept).to(DEVICE), self.length, self.length, size, self.layout)
 
     @property
     def length(self) -> int:
@@ -85,12 +95,14 @@ class Case:
         return 2 if self.tensor_layout == "bhsd" else 1
 
     def tensors(self) -> list[Any]:
-        """q, k and v of the whole sequence."""
+        """q, k and v of the whole sequence, where this run computes."""
         import torch
 
-        generator = torch.Generator().manual_seed(0)
-        shapes = [(self.batch, heads, self.length, 8) for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        tensors = [torch.randn(shape, generator=generator).to(getattr(torch, self.dtype)) for shape in shapes]
+        generator, dtype = torch.Generator().manual_seed(0), getattr(torch, self.computes_in)
+        shapes = [
+            (self.batch, heads, self.length, self.head_dim) for heads in (self.heads, self.kv_heads, self.kv_heads)
+        ]
+        tensors = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
         return tensors if self.tensor_layout == "bhsd" else [x.transpose(1, 2).contiguous() for x in tensors]
 
 
@@ -103,14 +115,14 @@ class Result(NamedTuple):
 
 
 def as_result(case: Case, out: Any, lse: Any, mask: rainfusion.BlockMask) -> Result:
-    out = out.double().numpy()
-    return Result(
-        out if case.tensor_layout == "bhsd" else out.swapaxes(1, 2), lse.double().numpy(), mask.blocks.numpy()
-    )
+    out = out.double().cpu().numpy()
+    bhsd = out if case.tensor_layout == "bhsd" else out.swapaxes(1, 2)
+    return Result(bhsd, lse.double().cpu().numpy(), mask.blocks.cpu().numpy())
 
 
 def on_one_device(case: Case) -> Result:
-    return as_result(case, *rainfusion.attention(*case.tensors(), return_lse=True, return_mask=True, **case.settings))
+    call = {"return_lse": True, "return_mask": True, "backend": BACKEND}
+    return as_result(case, *rainfusion.attention(*case.tensors(), **call, **case.settings))
 
 
 def on_one_device_in_float64(case: Case, mask: np.ndarray) -> Result:
@@ -121,7 +133,7 @@ def on_one_device_in_float64(case: Case, mask: np.ndarray) -> Result:
     settings["mask"] = rainfusion.BlockMask(
         torch.from_numpy(mask), case.length, case.length, case.layout.block, case.layout
     )
-    tensors = [x.double() for x in case.tensors()]
+    tensors = [x.double().cpu() for x in case.tensors()]
     return as_result(case, *rainfusion.attention(*tensors, return_lse=True, return_mask=True, **settings))
 
 
@@ -141,6 +153,7 @@ def on_ranks(group: Any, case: Case) -> Result:
         shards = [rd.shard(x, case.layout, group=group, axis=axis) for x in case.tensors()]
         layout, order = case.layout, "given"
     call = {"group": group, "method": case.method, "order": order, "return_lse": True, "return_mask": True}
+    call["backend"] = BACKEND
     out, lse, mask = rd.attention(*shards, **call, **case.settings)
     assert (out.shape, out.dtype) == (shards[0].shape, shards[0].dtype)
     whole = rd.unshard(out, layout, group=group, axis=axis), rd.unshard(lse, layout, group=group)

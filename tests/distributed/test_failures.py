@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import rainfusion
-from tests.distributed.workers import Workers
+from tests.distributed.workers import Workers, on_the_cpu
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, on_the_cpu]
 
 LAYOUT = rainfusion.TokenLayout((1, 4, 16), block=4, sink=None)
 SETTINGS = {"grid": (1, 4, 16), "block": 4, "sink": None}

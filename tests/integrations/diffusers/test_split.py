@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("diffusers")
 
 from rainfusion import ProblemError
-from tests.distributed.workers import Workers
+from tests.distributed.workers import Workers, on_the_cpu
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, on_the_cpu]
 
 SETTINGS = {"block": 8, "min_blocks": 0, "sparsity": 0.5}
 BY_HEAD = {**SETTINGS, "sparsity": (0.7, 0.3, 0.1, 0.5)}
