@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -37,6 +37,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -163,9 +164,14 @@ def whole_tensors(size: Size, device: torch.device) -> Tensors:
     return q, k, v
 
 
-def groups() -> dict[str, Any]:
+@cache
+def groups(device: str) -> dict[str, Any]:
     """The methods that this many ranks can run, each with its group."""
-    return dict.fromkeys(rd.METHODS)
+    found: dict[str, Any] = dict.fromkeys(("ulysses", "gather", "ring"))
+    world = dist.get_world_size()
+    if world >= 4 and world % 2 == 0:
+        found["unified"] = init_device_mesh(device, (world // 2, 2), mesh_dim_names=("ring", "ulysses"))
+    return found
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -204,7 +210,8 @@ def measured(size: Size, sparsity: float, rounds: int, device: torch.device) -> 
         DENSE_ULYSSES: partial(dense_ulysses, *shards, lengths),
     }
     methods = {
-        name: partial(rd.attention, *shards, group=group, method=name, **settings) for name, group in groups().items()
+        name: partial(rd.attention, *shards, group=group, method=name, **settings)
+        for name, group in groups(device.type).items()
     }
     runs.update(methods)
     differs = differences(runs, methods, lengths, device)

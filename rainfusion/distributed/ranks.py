@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +19,7 @@ from rainfusion.core.checks import shown
 from rainfusion.core.errors import RainfusionError
 
 Wait = Callable[[], Tensor]
+Wanted = np.ndarray  # bool [reader, owner, entries]
 # The name since torch 2.13, which warns of the one before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -40,7 +42,7 @@ class Ranks:
 
     @classmethod
     def of(cls, group: Any = None) -> Ranks:
-        """The ranks of a process group or of a one-dimensional DeviceMesh; the default group for None.
+        """The ranks of a process group or a DeviceMesh of one or two dimensions; the default group for None.
 
         Raises:
             DistributedError: torch.distributed is not there or not initialised, or this process is not in the group.
@@ -51,9 +53,12 @@ class Ranks:
                 "torch.distributed.init_process_group first"
             )
         if isinstance(group, DeviceMesh):
+            if group.ndim == 2:
+                return MeshRanks.of_mesh(group)
             if group.ndim != 1:
                 raise DistributedError(
-                    f"group is a DeviceMesh of {group.ndim} dimensions; give one of them, as mesh['ulysses']"
+                    f"group is a DeviceMesh of {group.ndim} dimensions; give one of them, as mesh['ulysses'], or two, "
+                    "as mesh['ring', 'ulysses']"
                 )
             group = group.get_group()
         found = dist.group.WORLD if group is None else group
@@ -109,7 +114,9 @@ class Ranks:
 
         return wait
 
-    def around(self, mine: Tensor, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Tensor]]:
+    def around(
+        self, mine: Tensor, shapes: Sequence[tuple[int, ...]], axis: int = 0, wanted: Wanted | None = None
+    ) -> Iterator[tuple[int, Tensor | None]]:
         """The tensors of all ranks one after the other, as (rank, tensor), this rank's own first.
 
         The next one travels around the ring of ranks while the caller works on the one that it has, the first of them
@@ -117,42 +124,132 @@ class Ranks:
 
         Args:
             shapes: the shape of every rank's tensor.
+            axis: of the entries that `wanted` is about.
+            wanted: which entries every rank reads of every rank's tensor, bool ``[reader, owner, entries]``, the same
+                on all ranks. What no rank further along the ring reads is not sent, and arrives as zeros; None arrives
+                where this rank reads nothing. None for: all ranks read everything.
         """
-        held = mine.contiguous()
-        return self._arriving(held, self._pass_on(held, self.rank, shapes), shapes)
+        held = _Held(self.rank, mine.contiguous(), None)
+        ring = _Ring(self, shapes, axis, wanted)
+        return ring.arriving(held, ring.pass_on(held))
 
-    def _arriving(
-        self, held: Tensor, wait: Wait | None, shapes: Sequence[tuple[int, ...]]
-    ) -> Iterator[tuple[int, Tensor]]:
-        owner = self.rank
-        yield owner, held
+    def peer(self, rank: int) -> int:
+        """The number that torch.distributed has for a rank of this group."""
+        return int(dist.get_global_rank(self.group, rank % self.world))
+
+
+@dataclass(frozen=True)
+class MeshRanks(Ranks):
+    """The ranks of a mesh of two dimensions, row by row: the ring goes through the rows, Ulysses within each."""
+
+    ring: Ranks
+    ulysses: Ranks
+
+    @classmethod
+    def of_mesh(cls, mesh: DeviceMesh) -> MeshRanks:
+        """The ranks of a mesh (ring, ulysses).
+
+        Raises:
+            DistributedError: dimensions of other names, or this process is not in it.
+        """
+        names = mesh.mesh_dim_names
+        if names is not None and tuple(names) != ("ring", "ulysses"):
+            raise DistributedError(
+                f"group is a DeviceMesh of {' and '.join(names)}; give one of the two, or a mesh of ring and ulysses, "
+                "in this order"
+            )
+        if mesh.get_coordinate() is None:
+            raise DistributedError("this process is not in the DeviceMesh; call it on the ranks of the mesh alone")
+        ring, ulysses = (Ranks.of(mesh.get_group(dimension)) for dimension in (0, 1))
+        return cls(mesh, ring.rank * ulysses.world + ulysses.rank, ring.world * ulysses.world, ring, ulysses)
+
+    def gather_objects(self, given: Any) -> list[Any]:
+        """What every rank gave, in the order of ranks."""
+        rows = self.ring.gather_objects(self.ulysses.gather_objects(given))
+        return [found for row in rows for found in row]
+
+    def all_gather(self, x: Tensor, lengths: Sequence[int], axis: int) -> Wait:
+        """The tensors of all ranks, joined along an axis of which rank i has ``lengths[i]``."""
+        width = self.ulysses.world
+        rows = [lengths[i : i + width] for i in range(0, self.world, width)]
+        row = self.ulysses.all_gather(x, rows[self.ring.rank], axis)()
+        return self.ring.all_gather(row, [sum(row) for row in rows], axis)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A rank's tensor on its way: some entries of an axis, or all of them for None."""
+
+    owner: int
+    entries: Tensor
+    which: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """Tensors on their way around a ring of ranks."""
+
+    ranks: Ranks
+    shapes: Sequence[tuple[int, ...]]
+    axis: int
+    wanted: Wanted | None
+
+    def arriving(self, held: _Held, wait: Callable[[], _Held] | None) -> Iterator[tuple[int, Tensor | None]]:
+        yield held.owner, held.entries
         while wait is not None:
-            held, owner = wait(), (owner - 1) % self.world
-            wait = self._pass_on(held, owner, shapes)
-            yield owner, held
+            held = wait()
+            wait = self.pass_on(held)
+            yield held.owner, self._whole(held)
 
-    def _pass_on(self, held: Tensor, owner: int, shapes: Sequence[tuple[int, ...]]) -> Wait | None:
+    def pass_on(self, held: _Held) -> Callable[[], _Held] | None:
         """Start to send what this rank holds to the next one, and to receive; None where this rank has seen all."""
-        coming = (owner - 1) % self.world
-        if coming == self.rank:
+        rank, coming = self.ranks.rank, (held.owner - 1) % self.ranks.world
+        if coming == rank:
             return None
-        arriving = held.new_empty(shapes[coming])
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, held, self._peer(self.rank + 1), self.group),
-                dist.P2POp(dist.irecv, arriving, self._peer(self.rank - 1), self.group),
-            ]
-        )
+        sent, which = self._for_others(held), self._read_from(coming, rank)
+        shape = list(self.shapes[coming])
+        if which is not None:
+            shape[self.axis] = len(which)
+        arriving = held.entries.new_empty(shape)
+        operations = [
+            dist.P2POp(operation, x, self.ranks.peer(to), self.ranks.group)
+            for operation, x, to in ((dist.isend, sent, rank + 1), (dist.irecv, arriving, rank - 1))
+            if x.numel()
+        ]
+        works = dist.batch_isend_irecv(operations) if operations else []
 
-        def wait() -> Tensor:
+        def wait() -> _Held:
             for work in works:
                 work.wait()
-            return arriving
+            return _Held(coming, arriving, which)
 
         return wait
 
-    def _peer(self, rank: int) -> int:
-        return int(dist.get_global_rank(self.group, rank % self.world))
+    def _read_from(self, owner: int, rank: int) -> np.ndarray | None:
+        """Which entries of the owner's tensor are read on a rank, or further along the ring; None for all."""
+        if self.wanted is None:
+            return None
+        world = self.ranks.world
+        readers = [(owner + away) % world for away in range((rank - owner) % world, world)]
+        read = self.wanted[readers, owner].any(axis=0)
+        return None if read.all() else np.flatnonzero(read)
+
+    def _for_others(self, held: _Held) -> Tensor:
+        """What the next rank is sent of what this one holds."""
+        which = self._read_from(held.owner, self.ranks.rank + 1)
+        if which is None or (held.which is not None and len(which) == len(held.which)):
+            return held.entries
+        places = which if held.which is None else np.searchsorted(held.which, which)
+        return held.entries.index_select(self.axis, torch.as_tensor(places, device=held.entries.device))
+
+    def _whole(self, held: _Held) -> Tensor | None:
+        """The tensor as this rank reads it; None where it reads nothing."""
+        if self.wanted is not None and not self.wanted[self.ranks.rank, held.owner].any():
+            return None
+        if held.which is None:
+            return held.entries
+        whole = held.entries.new_zeros(self.shapes[held.owner])
+        return whole.index_copy(self.axis, torch.as_tensor(held.which, device=whole.device), held.entries)
 
 
 def _size(shape: tuple[int, ...]) -> int:

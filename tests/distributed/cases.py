@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import rainfusion
-from tests.distributed.workers import BACKEND, DEVICE
+from tests.distributed.workers import BACKEND, DEVICE, WORLD
 
 _ON_GPUS = {"float32": "bfloat16", "float64": "float16"}  # whose units multiply matrices of 16 bits
 
@@ -32,6 +33,7 @@ class Case:
     Args:
         uneven: shards in the order of the sequence, cut at uneven places; only Ulysses takes them.
         operand: which of mask and quotas is given.
+        balanced: as for `shard`.
     """
 
     method: str = "ulysses"
@@ -49,6 +51,7 @@ class Case:
     tensor_layout: str = "bhsd"
     dtype: str = "float32"
     uneven: bool = False
+    balanced: bool = False
     operand: str | None = None
     head_dim: int = 8
 
@@ -143,18 +146,38 @@ def on_ranks(group: Any, case: Case) -> Result:
 
     import rainfusion.distributed as rd
 
-    members = group if isinstance(group, dist.ProcessGroup) else group.get_group()
-    axis, world, rank = case.token_axis, dist.get_world_size(members), dist.get_rank(members)
+    if case.method == "unified" and isinstance(group, dist.ProcessGroup):
+        group = mesh_of(dist.get_world_size(group))
+    axis, world, rank = case.token_axis, *counted(group)
     if case.uneven:
         cuts = [case.length * i * i // world**2 + (i > 0) * (world - i) for i in range(world + 1)]
         shards = [x.narrow(axis, cuts[rank], cuts[rank + 1] - cuts[rank]) for x in case.tensors()]
         layout, order = rainfusion.TokenLayout(block=case.block), "window"
     else:
-        shards = [rd.shard(x, case.layout, group=group, axis=axis) for x in case.tensors()]
+        shards = [rd.shard(x, case.layout, group=group, axis=axis, balanced=case.balanced) for x in case.tensors()]
         layout, order = case.layout, "given"
-    call = {"group": group, "method": case.method, "order": order, "return_lse": True, "return_mask": True}
+    spread: dict[str, Any] = {"group": group, "balanced": case.balanced}
+    call = {**spread, "method": case.method, "order": order, "return_lse": True, "return_mask": True}
     call["backend"] = BACKEND
     out, lse, mask = rd.attention(*shards, **call, **case.settings)
     assert (out.shape, out.dtype) == (shards[0].shape, shards[0].dtype)
-    whole = rd.unshard(out, layout, group=group, axis=axis), rd.unshard(lse, layout, group=group)
+    whole = rd.unshard(out, layout, axis=axis, **spread), rd.unshard(lse, layout, **spread)
     return as_result(case, *whole, mask)
+
+
+@cache
+def mesh_of(world: int) -> Any:
+    """A mesh of ring and Ulysses over all processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    assert world == WORLD, "a mesh is made by all processes"
+    ulysses = 2 if world % 2 == 0 else world
+    return init_device_mesh(DEVICE, (world // ulysses, ulysses), mesh_dim_names=("ring", "ulysses"))
+
+
+def counted(group: Any) -> tuple[int, int]:
+    """How many ranks there are, and which this one is."""
+    from rainfusion.distributed.ranks import Ranks
+
+    ranks = Ranks.of(group)
+    return ranks.world, ranks.rank

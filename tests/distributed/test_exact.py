@@ -17,7 +17,7 @@ from tests.distributed.workers import DEVICE, WORLD, Workers
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore::rainfusion.SparsityWarning")]
 
-METHODS = ("ulysses", "gather", "ring")
+METHODS = ("ulysses", "gather", "ring", "unified")
 # Each has what the others have not; the property test mixes them.
 CASES = {
     "text and sink": Case(text=7, sink="first_frame"),
@@ -58,8 +58,16 @@ def check(case: Case, found: Result) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_is_that_of_one_device(workers: Workers, name: str, method: str) -> None:
     case = replace(CASES[name], method=method)
-    world = 2 + list(CASES).index(name) % (WORLD - 1)
+    world = WORLD if method == "unified" else 2 + list(CASES).index(name) % (WORLD - 1)
     for found in workers.results(world, on_ranks, case):
+        check(case, found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["text and sink", "summary and lengths", "shares a head", "dense with lengths"])
+def test_shards_may_be_balanced(workers: Workers, name: str, method: str) -> None:
+    case = replace(CASES[name], method=method, balanced=True, sink="first_frame")
+    for found in workers.results(WORLD, on_ranks, case):
         check(case, found)
 
 
@@ -96,6 +104,7 @@ def any_case(draw: st.DrawFn) -> Case:
         draw(st.sampled_from(["bhsd", "bshd"])),
         draw(st.sampled_from(["float32", "bfloat16", "float64"])),
         uneven=method == "ulysses" and draw(st.booleans()),
+        balanced=method != "ulysses" and draw(st.booleans()),
     )
 
 
@@ -103,7 +112,10 @@ def any_case(draw: st.DrawFn) -> Case:
 @given(case=any_case(), world=st.integers(1, WORLD))
 def test_any_case_is_that_of_one_device(workers: Workers, case: Case, world: int) -> None:
     blocks = -(-case.length // max(case.layout.block))
-    for found in workers.results(min(world, case.heads, blocks), on_ranks, case):
+    if case.method == "unified" and blocks < WORLD:
+        case = replace(case, method="ring")
+    world = WORLD if case.method == "unified" else min(world, case.heads, blocks)
+    for found in workers.results(world, on_ranks, case):
         check(case, found)
 
 
