@@ -7,8 +7,8 @@ Every method of `rainfusion.distributed`, dense Ulysses around torch's attention
 methods take turns in random order; a time is the median over rounds of the slowest rank's, each round after a call that
 is not timed. Tokens are in block order, as `rainfusion.distributed.shard` leaves them.
 
-Beside the time of a call stand two parts of it: its computations alone (what would arrive is copied from what this rank
-has) and its transfers alone (the same collectives, one after the other). The share of the transfers that is hidden is
+Beside the time of a call stand two parts of it: its computations alone (what would arrive is copied from memory), and
+its transfers alone (the same collectives, one after the other). The share of the transfers that is hidden is
 (computations + transfers - call) / transfers.
 
 First, every method's output, log-sum-exp and mask are compared with those of one device; the status is 1 where they
@@ -203,7 +203,7 @@ def measured(size: Size, sparsity: float, rounds: int, device: torch.device) -> 
     whole = whole_tensors(size, device)
     shards = tuple(rd.shard(x, rainfusion.TokenLayout(block=size.block)) for x in whole)
     lengths = [int(n) for n in Ranks.of().gather_objects(shards[0].shape[2])]
-    settings = size.settings(sparsity)
+    settings = {**size.settings(sparsity), "backend": "triton" if device.type == "cuda" else None}
     runs: dict[str, Run] = {
         DENSE: partial(dense, *whole),
         SPARSE: partial(rainfusion.attention, *whole, **settings),
@@ -220,8 +220,8 @@ def measured(size: Size, sparsity: float, rounds: int, device: torch.device) -> 
         with Transfers.recorded() as transfers:
             runs[name]()
         sent[name] = transfers.sent
-        parts[f"{name}: computations"] = partial(computations, runs[name])
-        parts[f"{name}: transfers"] = transfers.repeat
+        parts[f"{name}: computations"] = partial(transfers.left_out, runs[name])
+        parts[f"{name}: transfers"] = transfers.alone
     ms = medians({**runs, **parts}, rounds, device)
     row = {
         "size": size.name,
@@ -339,23 +339,18 @@ def _of_lse(found: Tensor, right: Tensor) -> list[str]:
 # -- transfers -------------------------------------------------------------------------------------------
 
 
-class _Done:
-    """A transfer that is over."""
-
-    def wait(self) -> None:
-        """Nothing to wait for."""
-
-
 @dataclass
 class Transfers:
-    """The collectives of a call, so that they can be counted and started again.
+    """The collectives of a call, so that they can be counted, and started again or left out.
 
     Attributes:
         starts: each starts one of them, with what it sent, and returns what to wait for.
+        arrived: what each of them received.
         bytes: what this rank sent to others.
     """
 
     starts: list[Callable[[], list[Any]]] = field(default_factory=list)
+    arrived: list[list[Tensor]] = field(default_factory=list)
     bytes: int = 0
 
     @classmethod
@@ -371,21 +366,37 @@ class Transfers:
         """Bytes that the rank that sends most sends to others."""
         return int(max(Ranks.of().gather_objects(self.bytes)))
 
-    def repeat(self) -> None:
+    def alone(self) -> None:
         """Make the transfers again, one after the other."""
         for start in self.starts:
             for work in start():
                 work.wait()
 
+    def left_out(self, run: Run) -> None:
+        """The call again, without a transfer: what arrived is copied from the one that was recorded."""
+        arrived = iter(self.arrived)
+
+        def collective(received: Tensor, *_: Any, group: Any, async_op: bool) -> Any:
+            return _copied([received], next(arrived))[0]
+
+        def point_to_point(operations: list[Any]) -> list[Any]:
+            return _copied([op.tensor for op in operations if op.op is dist.irecv], next(arrived))
+
+        with _replaced(collective, collective, point_to_point):
+            run()
+
+    def _started(self, start: Callable[[], list[Any]], received: list[Tensor]) -> list[Any]:
+        self.starts.append(start)
+        self.arrived.append(received)
+        return start()
+
     def _all_to_all(self, received: Tensor, sent: Tensor, *sizes: list[int], group: Any, async_op: bool) -> Any:
-        rank = dist.get_rank(group)
-        self.bytes += (sent.numel() - sizes[1][rank]) * sent.itemsize
+        self.bytes += (sent.numel() - sizes[1][dist.get_rank(group)]) * sent.itemsize
 
         def start() -> list[Any]:
             return [_REAL.all_to_all(received, sent, *sizes, group=group, async_op=True)]
 
-        self.starts.append(start)
-        return start()[0]
+        return self._started(start, [received])[0]
 
     def _all_gather(self, received: Tensor, sent: Tensor, *, group: Any, async_op: bool) -> Any:
         self.bytes += (dist.get_world_size(group) - 1) * sent.nbytes
@@ -393,13 +404,25 @@ class Transfers:
         def start() -> list[Any]:
             return [_REAL.all_gather(received, sent, group=group, async_op=True)]
 
-        self.starts.append(start)
-        return start()[0]
+        return self._started(start, [received])[0]
 
     def _point_to_point(self, operations: list[Any]) -> list[Any]:
         self.bytes += sum(op.tensor.nbytes for op in operations if op.op is dist.isend)
-        self.starts.append(partial(_REAL.point_to_point, operations))
-        return _REAL.point_to_point(operations)
+        received = [op.tensor for op in operations if op.op is dist.irecv]
+        return self._started(partial(_REAL.point_to_point, operations), received)
+
+
+class _Over:
+    """A transfer that is over."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+def _copied(tensors: list[Tensor], recorded: list[Tensor]) -> list[Any]:
+    for to, held in zip(tensors, recorded, strict=True):
+        to.copy_(held)
+    return [_Over()]
 
 
 class _Collectives(NamedTuple):
@@ -420,35 +443,6 @@ def _replaced(all_to_all: Any, all_gather: Any, point_to_point: Any) -> Iterator
         mock.patch.object(dist, "batch_isend_irecv", point_to_point),
     ):
         yield
-
-
-def computations(run: Run) -> None:
-    """A call in which nothing travels: what would arrive is copied from what is sent."""
-
-    def all_to_all(received: Tensor, sent: Tensor, *sizes: Any, group: Any, async_op: bool) -> Any:
-        _fill(received, sent)
-        return _Done()
-
-    def all_gather(received: Tensor, sent: Tensor, *, group: Any, async_op: bool) -> Any:
-        received.view(-1, *sent.shape).copy_(sent)
-        return _Done()
-
-    def point_to_point(operations: list[Any]) -> list[Any]:
-        sent = next(op.tensor for op in operations if op.op is dist.isend)
-        for op in operations:
-            if op.op is dist.irecv:
-                _fill(op.tensor, sent)
-        return [_Done()]
-
-    with _replaced(all_to_all, all_gather, point_to_point):
-        run()
-
-
-def _fill(received: Tensor, sent: Tensor) -> None:
-    count = min(received.numel(), sent.numel())
-    to, given = received.reshape(-1), sent.reshape(-1)
-    to[:count].copy_(given[:count])
-    to[count:].zero_()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ right = rd.attention
 def wrong(*args, **kind):
     found = right(*args, **kind)
     if isinstance(found, tuple) and kind["method"] == "gather":
-        found[0][0, 1, 2] = 0
+        found[0][0, 1, 2] += 1
         found[1][0, 1, 2] += 0.01
         found[2].blocks[0, 0, 0, 0] ^= True
     return found
@@ -43,6 +43,7 @@ def benchmark(*command: str, world: int = 2, json_file: Path) -> tuple[subproces
         check=False,
         env=dict(os.environ, PYTHONPATH=str(SCRIPT.parents[1]), CUDA_VISIBLE_DEVICES=""),
     )
+    assert json_file.exists(), ran.stderr
     return ran, json.loads(json_file.read_text())
 
 
