@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import rainfusion
-from tests.distributed.workers import BACKEND, DEVICE, WORLD
+from tests.distributed.workers import BACKEND, DEVICE
 
 _ON_GPUS = {"float32": "bfloat16", "float64": "float16"}  # whose units multiply matrices of 16 bits
 
@@ -147,7 +147,8 @@ def on_ranks(group: Any, case: Case) -> Result:
     import rainfusion.distributed as rd
 
     if case.method == "unified" and isinstance(group, dist.ProcessGroup):
-        group = mesh_of(dist.get_world_size(group))
+        world = dist.get_world_size(group)
+        group = mesh_of((world // 2, 2) if world % 2 == 0 else (1, world))
     axis, world, rank = case.token_axis, *counted(group)
     if case.uneven:
         cuts = [case.length * i * i // world**2 + (i > 0) * (world - i) for i in range(world + 1)]
@@ -165,14 +166,18 @@ def on_ranks(group: Any, case: Case) -> Result:
     return as_result(case, *whole, mask)
 
 
-@cache
-def mesh_of(world: int) -> Any:
-    """A mesh of ring and Ulysses over all processes."""
-    from torch.distributed.device_mesh import init_device_mesh
+def on_a_mesh(_: Any, case: Case, shape: tuple[int, int]) -> Result | None:
+    """As `on_ranks`, on a mesh of ring and Ulysses of the first processes; None on others. All processes call it."""
+    mesh = mesh_of(shape)
+    return None if mesh.get_coordinate() is None else on_ranks(mesh, case)
 
-    assert world == WORLD, "a mesh is made by all processes"
-    ulysses = 2 if world % 2 == 0 else world
-    return init_device_mesh(DEVICE, (world // ulysses, ulysses), mesh_dim_names=("ring", "ulysses"))
+
+@cache
+def mesh_of(shape: tuple[int, int]) -> Any:
+    """A mesh of ring and Ulysses of the first processes."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh(DEVICE, np.arange(np.prod(shape)).reshape(shape).tolist(), mesh_dim_names=("ring", "ulysses"))
 
 
 def counted(group: Any) -> tuple[int, int]:

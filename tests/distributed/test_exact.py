@@ -141,11 +141,11 @@ def shards_of(group: Any, lengths: list[tuple[int, int]]) -> list[np.ndarray]:
 
 @pytest.mark.skipif(WORLD < 4, reason="needs four ranks")
 def test_a_device_mesh_is_a_group(workers: Workers) -> None:
-    for found in workers.results(4, on_a_mesh):
+    for found in workers.results(4, on_one_of_a_mesh):
         check(Case(heads=2), found)
 
 
-def on_a_mesh(_: Any) -> Result:
+def on_one_of_a_mesh(_: Any) -> Result:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("copies", "tokens"))

@@ -50,15 +50,16 @@ class Workers:
 
     Args:
         rendezvous: a file that does not exist yet.
+        most: how many processes there are.
     """
 
-    def __init__(self, rendezvous: Path) -> None:
+    def __init__(self, rendezvous: Path, most: int = WORLD) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed", "rainfusion.distributed"])  # imported once for all
         self._processes, self._pipes = [], []
-        for rank in range(WORLD):
+        for rank in range(most):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, str(rendezvous)), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, most, str(rendezvous)), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -94,7 +95,7 @@ class Workers:
             process.join(5)
 
 
-def _serve(pipe: Connection, rank: int, rendezvous: str) -> None:
+def _serve(pipe: Connection, rank: int, most: int, rendezvous: str) -> None:
     unused = {"openvino", "torch_npu", "triton"} - {BACKEND}  # slow to import
     os.environ["RAINFUSION_DISABLED_PLUGINS"] = ",".join(sorted(unused))
     import torch
@@ -113,10 +114,10 @@ def _serve(pipe: Connection, rank: int, rendezvous: str) -> None:
         "nccl" if DEVICE == "cuda" else "gloo",
         init_method=f"file://{rendezvous}",
         rank=rank,
-        world_size=WORLD,
+        world_size=most,
         timeout=timedelta(seconds=_SECONDS / 2),
     )
-    groups = {world: dist.new_group(list(range(world))) for world in range(1, WORLD + 1)}
+    groups = {world: dist.new_group(list(range(world))) for world in range(1, most + 1)}
     while True:
         try:
             world, function, args = pipe.recv()
