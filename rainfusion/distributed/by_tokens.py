@@ -24,7 +24,8 @@ from rainfusion.core.ops import Attend, AttendMeans
 from rainfusion.core.plan import Plan
 from rainfusion.core.policies import Fixed
 from rainfusion.distributed.call import Call, run
-from rainfusion.distributed.ranks import Wait, Wanted
+from rainfusion.distributed.ranks import Wait
+from rainfusion.distributed.ring import Wanted, around
 from rainfusion.distributed.shards import Shards, check_whole_blocks
 
 _Piece = tuple[int | None, Tensor]  # the rank whose shard it is, None for all; keys and values ``[2, ...]``
@@ -94,13 +95,13 @@ class ByTokens:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> list[Any]:
         """The values that the call returns, of this rank's tokens; the mask is that of the whole sequence."""
         call = self.call
-        lengths = self._lengths(operands["kv_lengths"], q)
+        lengths, keys_and_values = self._lengths(operands["kv_lengths"], q), torch.stack([k, v])
         waits = self._means(q, k, v, lengths)  # first, for on GPUs transfers are made one after the other
-        gathered = None if self._ring else call.ranks.all_gather(torch.stack([k, v]), self._kv.lengths, self._axis)
+        gathered = None if self._ring else call.ranks.all_gather(keys_and_values, self._kv.lengths, self._axis)
         means = {name: wait() for name, wait in waits.items()}
         mask = self._mask(q, means, {**operands, "kv_lengths": lengths})
         rows = None if mask is None else self._q.taken(mask.blocks, self._rank, 2, self._block[0])
-        pieces = self._around(torch.stack([k, v]), rows) if gathered is None else self._at_once(gathered)
+        pieces = self._around(keys_and_values, rows) if gathered is None else self._at_once(gathered)
         out = lse = None
         for owner, (keys, values) in pieces:
             arguments = {"q": q, "k": keys, "v": values, **self._columns(rows, means, lengths, owner)}
@@ -131,7 +132,7 @@ class ByTokens:
         call, axis, shape = self.call, self._axis, keys_and_values.shape
         shapes = [(*shape[:axis], length, *shape[axis + 1 :]) for length in self._kv.lengths]
         wanted = None if rows is None or self._is_dense else self._wanted(rows)
-        for owner, piece in call.ranks.around(keys_and_values, shapes, call.head_axis + 1, wanted):
+        for owner, piece in around(call.ranks, keys_and_values, shapes, call.head_axis + 1, wanted):
             if piece is not None:
                 yield owner, piece
             elif self._summarises:  # the means of the shard count, though none of its blocks does
@@ -140,7 +141,8 @@ class ByTokens:
     def _wanted(self, rows: Tensor) -> Wanted:
         """Which key heads of every shard any row of a rank reads, bool ``[rank, shard, key head]``.
 
-        Ranks exchange it, so that they agree on what travels even where they were given different masks.
+        Ranks exchange it, so that they agree on what travels even where they were given different masks. The host waits
+        for the mask: it has to know what to send.
         """
         ranks, shard = self.call.ranks, self.call.shard
         of_shards = [

@@ -5,11 +5,10 @@ All of them take pieces of different sizes, and start before they wait: what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,7 +18,6 @@ from rainfusion.core.checks import shown
 from rainfusion.core.errors import RainfusionError
 
 Wait = Callable[[], Tensor]
-Wanted = np.ndarray  # bool [reader, owner, entries]
 # The name since torch 2.13, which warns of the one before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -114,25 +112,6 @@ class Ranks:
 
         return wait
 
-    def around(
-        self, mine: Tensor, shapes: Sequence[tuple[int, ...]], axis: int = 0, wanted: Wanted | None = None
-    ) -> Iterator[tuple[int, Tensor | None]]:
-        """The tensors of all ranks one after the other, as (rank, tensor), this rank's own first.
-
-        The next one travels around the ring of ranks while the caller works on the one that it has, the first of them
-        from now on.
-
-        Args:
-            shapes: the shape of every rank's tensor.
-            axis: of the entries that `wanted` is about.
-            wanted: which entries every rank reads of every rank's tensor, bool ``[reader, owner, entries]``, the same
-                on all ranks. What no rank further along the ring reads is not sent, and arrives as zeros; None arrives
-                where this rank reads nothing. None for: all ranks read everything.
-        """
-        held = _Held(self.rank, mine.contiguous(), None)
-        ring = _Ring(self, shapes, axis, wanted)
-        return ring.arriving(held, ring.pass_on(held))
-
     def peer(self, rank: int) -> int:
         """The number that torch.distributed has for a rank of this group."""
         return int(dist.get_global_rank(self.group, rank % self.world))
@@ -174,82 +153,6 @@ class MeshRanks(Ranks):
         rows = [lengths[i : i + width] for i in range(0, self.world, width)]
         row = self.ulysses.all_gather(x, rows[self.ring.rank], axis)()
         return self.ring.all_gather(row, [sum(row) for row in rows], axis)
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A rank's tensor on its way: some entries of an axis, or all of them for None."""
-
-    owner: int
-    entries: Tensor
-    which: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class _Ring:
-    """Tensors on their way around a ring of ranks."""
-
-    ranks: Ranks
-    shapes: Sequence[tuple[int, ...]]
-    axis: int
-    wanted: Wanted | None
-
-    def arriving(self, held: _Held, wait: Callable[[], _Held] | None) -> Iterator[tuple[int, Tensor | None]]:
-        yield held.owner, held.entries
-        while wait is not None:
-            held = wait()
-            wait = self.pass_on(held)
-            yield held.owner, self._whole(held)
-
-    def pass_on(self, held: _Held) -> Callable[[], _Held] | None:
-        """Start to send what this rank holds to the next one, and to receive; None where this rank has seen all."""
-        rank, coming = self.ranks.rank, (held.owner - 1) % self.ranks.world
-        if coming == rank:
-            return None
-        sent, which = self._for_others(held), self._read_from(coming, rank)
-        shape = list(self.shapes[coming])
-        if which is not None:
-            shape[self.axis] = len(which)
-        arriving = held.entries.new_empty(shape)
-        operations = [
-            dist.P2POp(operation, x, self.ranks.peer(to), self.ranks.group)
-            for operation, x, to in ((dist.isend, sent, rank + 1), (dist.irecv, arriving, rank - 1))
-            if x.numel()
-        ]
-        works = dist.batch_isend_irecv(operations) if operations else []
-
-        def wait() -> _Held:
-            for work in works:
-                work.wait()
-            return _Held(coming, arriving, which)
-
-        return wait
-
-    def _read_from(self, owner: int, rank: int) -> np.ndarray | None:
-        """Which entries of the owner's tensor are read on a rank, or further along the ring; None for all."""
-        if self.wanted is None:
-            return None
-        world = self.ranks.world
-        readers = [(owner + away) % world for away in range((rank - owner) % world, world)]
-        read = self.wanted[readers, owner].any(axis=0)
-        return None if read.all() else np.flatnonzero(read)
-
-    def _for_others(self, held: _Held) -> Tensor:
-        """What the next rank is sent of what this one holds."""
-        which = self._read_from(held.owner, self.ranks.rank + 1)
-        if which is None or (held.which is not None and len(which) == len(held.which)):
-            return held.entries
-        places = which if held.which is None else np.searchsorted(held.which, which)
-        return held.entries.index_select(self.axis, torch.as_tensor(places, device=held.entries.device))
-
-    def _whole(self, held: _Held) -> Tensor | None:
-        """The tensor as this rank reads it; None where it reads nothing."""
-        if self.wanted is not None and not self.wanted[self.ranks.rank, held.owner].any():
-            return None
-        if held.which is None:
-            return held.entries
-        whole = held.entries.new_zeros(self.shapes[held.owner])
-        return whole.index_copy(self.axis, torch.as_tensor(held.which, device=whole.device), held.entries)
 
 
 def _size(shape: tuple[int, ...]) -> int:
