@@ -409,7 +409,7 @@ class Transfers:
     def _point_to_point(self, operations: list[Any]) -> list[Any]:
         self.bytes += sum(op.tensor.nbytes for op in operations if op.op is dist.isend)
         received = [op.tensor for op in operations if op.op is dist.irecv]
-        return self._started(partial(_REAL.point_to_point, operations), received)
+        return self._started(partial(_REAL.point_to_point, [*operations]), received)
 
 
 class _Over:
