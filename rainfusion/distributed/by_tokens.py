@@ -106,11 +106,11 @@ class ByTokens:
         for owner, (keys, values) in pieces:
             arguments = {"q": q, "k": keys, "v": values, **self._columns(rows, means, lengths, owner)}
             part, part_lse = run(call.executable(self._attentions[keys.shape[call.token_axis]], q), arguments)
-            wide = part.to(part_lse.dtype)
             if out is None:
-                out, lse = wide, part_lse
+                out, lse = part.to(part_lse.dtype), part_lse
             else:
-                out, lse = rainfusion.merge(out, lse, wide, part_lse, tensor_layout=call.shard.tensor_layout)
+                assert lse is not None
+                out, lse = self._merged(out, lse, part, part_lse)
         assert out is not None
         assert lse is not None
         if self._pads_queries:
@@ -118,6 +118,12 @@ class ByTokens:
             out, lse = self._without_padding(out, lse, lengths)
         found = {"%out": out.to(q.dtype), "%lse": lse, "%mask": mask}
         return [found[name] for name in call.returns]
+
+    def _merged(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+        """As `rainfusion.merge`, but into `out`: every copy of it is a pass over memory that nothing hides."""
+        share = torch.sigmoid(part_lse - lse).nan_to_num(0.0)  # NaN where a row has kept nothing in either of them
+        over_heads = share if self.call.head_axis == 1 else share.transpose(1, 2)
+        return out.lerp_(part.to(out.dtype), over_heads[..., None]), torch.logaddexp(lse, part_lse)
 
     @property
     def _axis(self) -> int:

@@ -51,6 +51,7 @@ def benchmark(*command: str, world: int = 2, json_file: Path) -> tuple[subproces
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_every_method_is_measured_and_its_bytes_are_counted(tmp_path: Path) -> None:
     ran, record = benchmark(str(SCRIPT), json_file=tmp_path / "record.json")
     assert ran.returncode == 0, ran.stderr
@@ -73,6 +74,7 @@ def test_every_method_is_measured_and_its_bytes_are_counted(tmp_path: Path) -> N
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_wrong_method_is_named_and_the_status_says_so(tmp_path: Path) -> None:
     command = tmp_path / "wrong.py"
     command.write_text(WRONG)
@@ -86,6 +88,7 @@ def test_a_wrong_method_is_named_and_the_status_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_what_it_had_no_time_for_is_said(tmp_path: Path) -> None:
     ran, record = benchmark(str(SCRIPT), "--seconds", "0", json_file=tmp_path / "record.json")
     assert ran.returncode == 1
