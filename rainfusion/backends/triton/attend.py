@@ -138,6 +138,6 @@ def takes_hopper(op: Attend, plan: Plan, architecture: str, *, has_wide_means: b
 def _hopper() -> Any:
     """The module of Hopper's kernel, or None where this Triton has no Gluon, or another one."""
     try:
-        return import_module("rainfusion.backends.triton.attend_hopper")
+        return import_module("rainfusion.backends.triton.hopper")
     except (ImportError, AttributeError):
         return None

@@ -67,3 +67,43 @@ class Attention:
     def kv_blocks(self) -> int:
         """Key blocks, the ragged last one counted in."""
         return -(-self.kv_len // self.block[1])
+
+
+@dataclass(frozen=True)
+class QuantisedMeans:
+    """`Quantised.k`, `Quantised.k_scale` and `Quantised.v` of the means of all key blocks, 128 means a block."""
+
+    k: Tensor
+    k_scale: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What `quantise_blocks` makes of q, k and v in block order; blocks of 128 tokens, zeros beyond the last one.
+
+    Attributes:
+        q: int8 or float8_e4m3fn ``[B, H, q blocks * 128, D]``; q_scale: float32 ``[B, H, q blocks]``.
+        k: the same ``[B, Hkv, key blocks * 128, D]``, less its centre; k_scale: float32 ``[B, Hkv, key blocks, 64]``,
+            every scale 64 times, as consumers read them.
+        v: float8_e4m3fn ``[B, Hkv, key blocks * D, 128]``, each block transposed, its keys in `KEY_ORDER`.
+        v_scale, v_centre: float32 ``[B, Hkv, D]``.
+        lse_shift: float32 ``[B, H, q blocks * 128]``, products of queries with the centre of k; None where they are not
+            needed.
+        means: what stands for omitted blocks, if these count.
+    """
+
+    q: Tensor
+    q_scale: Tensor
+    k: Tensor
+    k_scale: Tensor
+    v: Tensor
+    v_scale: Tensor
+    v_centre: Tensor
+    lse_shift: Tensor | None = None
+    means: QuantisedMeans | None = None
+
+    @property
+    def dim(self) -> int:
+        """The head dim."""
+        return self.q.shape[3]
