@@ -131,7 +131,7 @@ def as_kind(plan: rainfusion.Plan, kind: type[ops.AttendQuantised]) -> rainfusio
 
 WRONG_IN_8_BITS: dict[str, tuple[str, Callable[[rainfusion.Plan], rainfusion.Plan]]] = {
     "queries in FP8 for INT8": ("int8_wide_logits", lambda p: changed(p, "%q8", format="e4m3")),
-    "keys with their mean": ("int8_common_part", lambda p: changed(p, "%k8", centred=False)),
+    "keys with their mean": ("fp8_common_part", lambda p: changed(p, "%k8", centred=False)),
     "values with their mean": ("fp8_common_part", lambda p: changed(p, "%v8", centred=False)),
     "no rotation": ("int8_rotated", lambda p: changed(changed(p, "%q8", rotated=False), "%k8", rotated=False)),
     "weights that saturate": ("fp8_wide_logits", lambda p: as_kind(p, Saturating)),
