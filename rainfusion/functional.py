@@ -93,7 +93,7 @@ def attention(
 
     Warns:
         SparsityWarning: the sparsity cannot be reached, or protection takes most of what is kept.
-        SpeedWarning: where dense attention is estimated to be faster.
+        SpeedWarning: where dense attention is estimated to be faster, or a precision is computed by its definition.
 
     NaN: a block whose score is NaN is selected last; NaN inside attended tokens spreads as in dense
     attention.

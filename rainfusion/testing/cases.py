@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -20,13 +20,14 @@ from rainfusion.core.ops import Select
 from rainfusion.core.plan import Plan
 from rainfusion.core.planner import plan_with_notes
 from rainfusion.core.policies import Fixed, Hybrid, Policy, TopK, TopP
+from rainfusion.core.precision import FORMATS
 from rainfusion.core.problem import DTYPES, AttentionProblem
 from rainfusion.plugins.manager import host
 from rainfusion.testing.extensions import NearBlocks, scale_scores
-from rainfusion.testing.inputs import CLIP_GRID, POISONED_BLOCK, RECIPES, Inputs
+from rainfusion.testing.inputs import CLIP_GRID, NOT_FINITE, POISONED_BLOCK, RECIPES, Inputs
 from rainfusion.testing.numbers import rounded
 
-PRECISIONS = ("int8", "fp8")
+PRECISIONS = (*FORMATS,)
 KEPT = ("mixed", "one", "all", "some_none")
 
 
@@ -181,6 +182,17 @@ def every_case() -> tuple[Case, ...]:
     return cases
 
 
+def in_precision(cases: Iterable[Case], precision: str) -> tuple[Case, ...]:
+    """Cases in another precision, with it in their names; not those of NaN and infinity, which rounding spreads.
+
+    Raises:
+        ProblemError: another precision than there is.
+    """
+    one_of(precision, PRECISIONS, "precision", ProblemError)
+    finite = [case for case in cases if case.precision is None and case.values not in NOT_FINITE]
+    return tuple(replace(case, name=f"{precision}_{case.name}", precision=precision) for case in finite)
+
+
 def claimed_case(claims: Capabilities, *, block: tuple[int, int] | None = None, **settings: Any) -> Case:
     """A small case of four ragged blocks within what is claimed; what is left open takes a claimed value."""
     block = block or min(claims.blocks or [(128, 128)])
@@ -327,12 +339,19 @@ def _in_8_bits() -> Iterator[Case]:
     """Every precision with every other feature, and numbers on which 8 bits fail elsewhere (docs/precision.md)."""
     lse = ("%out", "%lse")
     for name in PRECISIONS:
-        of = {"precision": name}
+        of: dict[str, Any] = {"precision": name}
         yield _row(name, 460, heads=4, kv_heads=2, returns=lse, **of)
         yield _row(f"{name}_dense", 300, policy=TopK(0.0), head_dim=64, **of)
         yield _row(f"{name}_empty_rows", 460, policy=Fixed(), kept="some_none", head_dim=64, returns=lse, **of)
         yield _video(f"{name}_summary", omitted="summary", text=77, head_dim=64, returns=lse, **of)
-        lengths = {"kv_lengths": (290, 380), "batch": 2, "text": 60, "grid": (4, 8, 10), "block": 64, "returns": lse}
+        lengths: dict[str, Any] = {
+            "kv_lengths": (290, 380),
+            "batch": 2,
+            "text": 60,
+            "grid": (4, 8, 10),
+            "block": 64,
+            "returns": lse,
+        }
         yield _video(f"{name}_lengths_and_summary", omitted="summary", **lengths, **of)
         yield _row(f"{name}_wide_logits", 460, values="wide_logits", returns=lse, **of)
         yield _row(f"{name}_common_part", 460, values="common_part", omitted="summary", returns=lse, **of)

@@ -178,6 +178,9 @@ RECIPES: dict[str, Callable[[Case, np.random.Generator], Inputs]] = {
 }
 
 
+NOT_FINITE = frozenset(f.__name__ for f in _NOT_FINITE)
+
+
 def bell(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Four uniform numbers added, moved and scaled to mean 0 and variance 1; within ±3.5."""
     total = rng.random(shape)
