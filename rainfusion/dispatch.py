@@ -188,8 +188,8 @@ def prepare(plan: Plan, notes: tuple[str, ...], *, like: Array, backend: str | N
     if is_emulated(lowered) and candidate.preference != ORACLE:
         warnings.append(
             (
-                f"{candidate} has no kernels of 8 bits for this plan: attention runs by its definition, which rounds as "
-                "they would and takes longer than without a precision. Leave precision out where time matters",
+                f"{candidate} has no kernels of 8 bits for this plan: attention runs by its definition, which rounds "
+                "as they would and takes longer than without a precision. Leave precision out where time matters",
                 SpeedWarning,
             )
         )

@@ -156,13 +156,9 @@ _VIDEO = (5, 8, 16)
 
 
 def builtin_cases() -> tuple[Case, ...]:
-    """The shared cases, each in all four dtypes, in two where attention is in 8 bits.
-
-    What a backend does not claim is skipped by name.
-    """
-    cases = (*_shapes(), *_parts(), *_methods(), *_operands(), *_numbers(), *_clips())
-    in_all = [_in_dtype(case, dtype) for case in cases for dtype in DTYPES]
-    return (*in_all, *(_in_dtype(case, dtype) for case in _in_8_bits() for dtype in ("bfloat16", "float32")))
+    """The shared cases, each in all four dtypes; what a backend does not claim is skipped by name."""
+    cases = (*_shapes(), *_parts(), *_methods(), *_operands(), *_numbers(), *_clips(), *_in_8_bits())
+    return tuple(_in_dtype(case, dtype) for case in cases for dtype in DTYPES)
 
 
 def every_case() -> tuple[Case, ...]:
@@ -341,8 +337,6 @@ def _in_8_bits() -> Iterator[Case]:
     for name in PRECISIONS:
         of: dict[str, Any] = {"precision": name}
         yield _row(name, 460, heads=4, kv_heads=2, returns=lse, **of)
-        yield _row(f"{name}_dense", 300, policy=TopK(0.0), head_dim=64, **of)
-        yield _row(f"{name}_empty_rows", 460, policy=Fixed(), kept="some_none", head_dim=64, returns=lse, **of)
         yield _video(f"{name}_summary", omitted="summary", text=77, head_dim=64, returns=lse, **of)
         lengths: dict[str, Any] = {
             "kv_lengths": (290, 380),
@@ -357,6 +351,8 @@ def _in_8_bits() -> Iterator[Case]:
         yield _row(f"{name}_common_part", 460, values="common_part", omitted="summary", returns=lse, **of)
         yield _row(f"{name}_sink_block", 460, values="sink_block", returns=lse, **of)
         yield _row(f"{name}_rotated", 460, values="channel_outliers", rotate=True, returns=lse, **of)
+    yield _row("int8_dense", 300, policy=TopK(0.0), head_dim=64, precision="int8")
+    yield _row("fp8_empty_rows", 460, policy=Fixed(), kept="some_none", head_dim=64, returns=lse, precision="fp8")
 
 
 def _row(name: str, length: int, *, kv_len: int | None = None, block: Any = 128, **settings: Any) -> Case:

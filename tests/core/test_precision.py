@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 import rainfusion
 from rainfusion import AttentionProblem, BlockMask, Fixed, Plan, TokenLayout, TopK, lower, passes, plan
 from rainfusion.core import ops
-from rainfusion.core.errors import PlanFormatError, ProblemError, SparsityWarning
+from rainfusion.core.errors import PlanFormatError, ProblemError, SparsityWarning, SpeedWarning
 from rainfusion.core.ops.rounding import hadamard, to_e4m3
 
 PRECISIONS = ("int8", "fp8")
@@ -401,6 +401,17 @@ def test_a_plan_is_quantised_once():
         passes.quantised(planned, "fp8")
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_call_that_only_emulates_it_says_so(backend, rng):
+    """All but the reference, of which no speed is expected."""
+    x = rng.standard_normal((1, 1, 32, 16), dtype=np.float32)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rainfusion.attention(x, x, x, block=16, sparsity=0.5, precision="fp8", backend=backend)
+    told = [str(note.message) for note in said if issubclass(note.category, SpeedWarning)]
+    assert ["torch on cpu has no kernels of 8 bits" in text for text in told] == [True] * (backend == "torch")
+
+
 # -- backends ----------------------------------------------------------------------------------------
 
 
@@ -422,6 +433,7 @@ def test_kernels_of_exact_attention_do_not_take_it(precision, omitted, rng):
         np.testing.assert_allclose(lse, expected_lse, atol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore::rainfusion.core.errors.SpeedWarning")
 def test_the_torch_operator_records_it(rng):
     q, k, v = (torch.from_numpy(rng.standard_normal((1, 2, 96, 16), dtype=np.float32)) for _ in range(3))
 
