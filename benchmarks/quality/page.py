@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+from generated import filled
 from scipy.stats import ttest_rel
 
 from quality import pictures
@@ -39,18 +40,6 @@ def main() -> None:
     pictures.error_against_speed(record["runs"], speed["rows"], IMAGES / "quality.png")
     if args.frames:
         pictures.frames(np.load(args.frames), IMAGES / "quality_frames.png")
-
-
-def filled(text: str, tables: dict[str, str]) -> str:
-    """The page with its tables in place of those that it has."""
-    for name, table in tables.items():
-        block = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(
-            block, lambda found, table=table: found[1] + table + "\n" + found[2], text, flags=re.DOTALL
-        )
-        if count != 1:
-            raise ValueError(f"{PAGE.name} has {count} places for the table {name!r}; it needs one")
-    return text
 
 
 def tables(record: Row, speed: Row) -> dict[str, str]:

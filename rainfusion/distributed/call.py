@@ -65,7 +65,8 @@ class Call:
     ) -> tuple[Plan, tuple[str, ...]]:
         """Plan a problem by the settings of the call; with what the caller is to be warned of."""
         settings = self.settings
-        asked: dict[str, Any] = {"omitted": settings.omitted, "order": settings.order, **other}
+        named = ("omitted", "order", "precision", "rotate")
+        asked: dict[str, Any] = {**{name: getattr(settings, name) for name in named}, **other}
         operands: dict[str, Any] = {name: name in self.given for name in ("quotas", "kv_lengths")}
         return plan_with_notes(problem, settings.layout(), policy, returns=returns, **asked, **operands)
 

@@ -19,6 +19,7 @@ from rainfusion.core.errors import MaskError, PolicyError, ProblemError, Sparsit
 from rainfusion.core.mask import BlockMask
 from rainfusion.core.planner import OMITTED, ORDERS
 from rainfusion.core.policies import Policy
+from rainfusion.core.precision import checked
 from rainfusion.core.problem import AttentionProblem
 from rainfusion.distributed.agreement import Lengths, agree, raise_together
 from rainfusion.distributed.by_tokens import ByTokens
@@ -64,7 +65,8 @@ def attention(
         group: process group or one-dimensional DeviceMesh; default: all ranks.
         method: ``"ulysses"`` spreads heads while it attends, and takes tokens in either `order`; ``"gather"`` gathers
             the keys and values of all ranks; ``"ring"`` passes them around, so that no rank holds all of them. The
-            last two take whole blocks in block order: `shard` makes them, and ``order="given"`` says so.
+            last two take whole blocks in block order: `shard` makes them, and ``order="given"`` says so. With a
+            `precision`, ``"ring"`` rounds every rank's keys and values around their own mean, the others as one device.
         mask, quotas, kv_lengths: as in `rainfusion.attention`, of the whole sequence and the same on all ranks.
         return_lse: also return the log-sum-exp of this rank's tokens, float32 ``[batch, heads, tokens]``.
         return_mask: also return the `BlockMask` of the whole sequence.
@@ -170,6 +172,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:
     settings = settings_of({**given, "parts": tuple(parts)} if isinstance(parts, list) else given)
     one_of(settings.omitted, OMITTED, "omitted", ProblemError)
     one_of(settings.order, ORDERS, "order", ProblemError)
+    checked(settings.precision, settings.rotate)
     settings.layout()
     return settings
 

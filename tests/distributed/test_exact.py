@@ -37,6 +37,10 @@ CASES = {
     "a mask with empty rows": Case(operand="mask"),
     "no text": Case(text=0, sink=None),
     "fewer key heads than ranks": Case(kv_heads=1),
+    "INT8": Case(precision="int8"),
+    "FP8, means, rotated": Case(precision="fp8", rotate=True, omitted="summary"),
+    "INT8 and lengths": Case(precision="int8", batch=2, kv_lengths=(64, 41), omitted="summary", sink=None),
+    "dense FP8": Case(precision="fp8", sparsity=0.0, batch=2, kv_lengths=(66, 62)),
 }
 
 
@@ -95,6 +99,7 @@ def any_case(draw: st.DrawFn) -> Case:
         draw(st.sampled_from(["bhsd", "bshd"])),
         draw(st.sampled_from(["float32", "bfloat16", "float64"])),
         uneven=method == "ulysses" and draw(st.booleans()),
+        precision=draw(st.sampled_from([None, None, "int8", "fp8"])),
     )
 
 
