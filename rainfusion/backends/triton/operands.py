@@ -26,50 +26,6 @@ class Means:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """One attention call. Tokens stand in block order.
-
-    Attributes:
-        q: ``[B, H, tokens, D]``; k, v: ``[B, H or fewer, tokens, D]``. Any strides.
-        q_len, kv_len: tokens that count; folded tensors may have more.
-        block: tokens in a query block and in a key block.
-        lists: the key blocks each query block keeps, with their bias where there are means.
-        tiles: int32 ``[B * H * q blocks]``, the query blocks in the order in which they are started.
-        scale: factor on the logits.
-        out_order: int32, position to token, where the output is written in another order than that of the blocks.
-        means: what stands for omitted blocks, if these count.
-        lengths: int32 ``[B]``, valid keys of each sample; the others take no part.
-        lengths_on_queries: queries at or beyond the length give output 0 and log-sum-exp minus infinity.
-        may_keep_nothing: whether a row of `lists` may be empty.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_len: int
-    kv_len: int
-    block: tuple[int, int]
-    lists: BlockLists
-    tiles: Tensor
-    scale: float
-    out_order: Tensor | None = None
-    means: Means | None = None
-    lengths: Tensor | None = None
-    lengths_on_queries: bool = False
-    may_keep_nothing: bool = True
-
-    @property
-    def q_blocks(self) -> int:
-        """Query blocks, the ragged last one counted in."""
-        return -(-self.q_len // self.block[0])
-
-    @property
-    def kv_blocks(self) -> int:
-        """Key blocks, the ragged last one counted in."""
-        return -(-self.kv_len // self.block[1])
-
-
-@dataclass(frozen=True)
 class QuantisedMeans:
     """`Quantised.k`, `Quantised.k_scale` and `Quantised.v` of the means of all key blocks, 128 means a block."""
 
@@ -107,3 +63,49 @@ class Quantised:
     def dim(self) -> int:
         """The head dim."""
         return self.q.shape[3]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention call. Tokens stand in block order.
+
+    Attributes:
+        q: ``[B, H, tokens, D]``; k, v: ``[B, H or fewer, tokens, D]``. Any strides.
+        q_len, kv_len: tokens that count; folded tensors may have more.
+        block: tokens in a query block and in a key block.
+        lists: the key blocks each query block keeps, with their bias where there are means.
+        tiles: int32 ``[B * H * q blocks]``, the query blocks in the order in which they are started.
+        scale: factor on the logits.
+        out_order: int32, position to token, where the output is written in another order than that of the blocks.
+        means: what stands for omitted blocks, if these count.
+        lengths: int32 ``[B]``, valid keys of each sample; the others take no part.
+        lengths_on_queries: queries at or beyond the length give output 0 and log-sum-exp minus infinity.
+        may_keep_nothing: whether a row of `lists` may be empty.
+        quantised: in 8 bits, what is read in place of q, k, v and means.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_len: int
+    kv_len: int
+    block: tuple[int, int]
+    lists: BlockLists
+    tiles: Tensor
+    scale: float
+    out_order: Tensor | None = None
+    means: Means | None = None
+    lengths: Tensor | None = None
+    lengths_on_queries: bool = False
+    may_keep_nothing: bool = True
+    quantised: Quantised | None = None
+
+    @property
+    def q_blocks(self) -> int:
+        """Query blocks, the ragged last one counted in."""
+        return -(-self.q_len // self.block[0])
+
+    @property
+    def kv_blocks(self) -> int:
+        """Key blocks, the ragged last one counted in."""
+        return -(-self.kv_len // self.block[1])

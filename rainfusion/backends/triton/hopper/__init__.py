@@ -31,6 +31,6 @@ depends on p alone, not on timing: results are the same bits every time.
 the stream of steps are the same.
 """
 
-from rainfusion.backends.triton.hopper.launch import attend_hopper, attend_hopper_8bit, can_fetch
+from rainfusion.backends.triton.hopper.launch import attend_hopper, can_fetch
 
-__all__ = ["attend_hopper", "attend_hopper_8bit", "can_fetch"]
+__all__ = ["attend_hopper", "can_fetch"]

@@ -32,47 +32,15 @@ def attend_hopper(given: Attention, out: Tensor, lse: Tensor | None) -> None:
     """Write attention over the listed blocks to `out`, ``[B, H, q_len, D]``, and its log-sum-exp to `lse`.
 
     Args:
-        given: in float16 or bfloat16 (means too), head dim 64 or 128, blocks of 128x128, scale above 0; q, k and v
-            as `can_fetch` wants them.
+        given: in float16 or bfloat16 (means too) or quantised, head dim 64 or 128, blocks of 128x128, scale above 0;
+            q, k and v as `can_fetch` wants them.
         lse: float32 ``[B, H, q_len]`` contiguous, or None.
     """
-    q, k, v, means = given.q, given.k, given.v, given.means
-    sources = (
-        _tokens(q, given.q_len, _ROWS // 2),
-        _tokens(k, given.kv_len, _KEYS),
-        _tokens(v, given.kv_len, _KEYS),
-        None if means is None else _tokens(means.k, given.kv_blocks, _KEYS),
-        None if means is None else _tokens(means.v, given.kv_blocks, _KEYS),
-        None if given.lists.bias is None else _rows(given.lists.bias, _KEYS),
-        None,
-        None,
-        None,
-    )
-    outgrows = _outgrows_cache(k, given.kv_len)
-    _launch(given, sources, (out, lse, None, None, None), _STAGES, outgrows_cache=outgrows)
-
-
-def attend_hopper_8bit(given: Attention, quantised: Quantised, out: Tensor, lse: Tensor | None) -> None:
-    """`attend_hopper` of operands of 8 bits.
-
-    Args:
-        given: lists, lengths and sizes; its q, k, v and means are not read.
-    """
-    x = quantised
-    rounded = x.means
-    sources = (
-        _tokens(x.q, x.q.shape[2], _ROWS // 2),
-        _tokens(x.k, x.k.shape[2], _KEYS),
-        _tokens(x.v, x.v.shape[2], x.dim),
-        None if rounded is None else _tokens(rounded.k, rounded.k.shape[2], _KEYS),
-        None if rounded is None else _tokens(rounded.v, rounded.v.shape[2], x.dim),
-        None if given.lists.bias is None else _rows(given.lists.bias, _KEYS),
-        x.q_scale,
-        _rows(x.k_scale.view(-1, 64), 64),
-        None if rounded is None else _rows(rounded.k_scale.view(-1, 64), 64),
-    )
-    outgrows = _outgrows_cache(x.k, given.kv_len)
-    _launch(given, sources, (out, lse, x.v_scale, x.v_centre, x.lse_shift), _STAGES_8BIT, outgrows_cache=outgrows)
+    if given.quantised is None:
+        _launch(given, _sources(given), (out, lse, None, None, None), given.k, _STAGES)
+    else:
+        x = given.quantised
+        _launch(given, _sources_8bit(given, x), (out, lse, x.v_scale, x.v_centre, x.lse_shift), x.k, _STAGES_8BIT)
 
 
 def can_fetch(x: Tensor) -> bool:
@@ -82,13 +50,42 @@ def can_fetch(x: Tensor) -> bool:
     return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and aligned
 
 
-def _launch(
-    given: Attention, sources: tuple[Any, ...], outs: tuple[Any, ...], stages: int, *, outgrows_cache: bool
-) -> None:
+def _sources(given: Attention) -> tuple[Any, ...]:
+    """What the producer fetches, as `produce` lists it."""
+    means = given.means
+    return (
+        _tokens(given.q, given.q_len, _ROWS // 2),
+        _tokens(given.k, given.kv_len, _KEYS),
+        _tokens(given.v, given.kv_len, _KEYS),
+        None if means is None else _tokens(means.k, given.kv_blocks, _KEYS),
+        None if means is None else _tokens(means.v, given.kv_blocks, _KEYS),
+        None if given.lists.bias is None else _rows(given.lists.bias, _KEYS),
+        None,
+        None,
+        None,
+    )
+
+
+def _sources_8bit(given: Attention, x: Quantised) -> tuple[Any, ...]:
+    """The same of 8 bits."""
+    means = x.means
+    return (
+        _tokens(x.q, x.q.shape[2], _ROWS // 2),
+        _tokens(x.k, x.k.shape[2], _KEYS),
+        _tokens(x.v, x.v.shape[2], x.dim),
+        None if means is None else _tokens(means.k, means.k.shape[2], _KEYS),
+        None if means is None else _tokens(means.v, means.v.shape[2], x.dim),
+        None if given.lists.bias is None else _rows(given.lists.bias, _KEYS),
+        x.q_scale,
+        _rows(x.k_scale.view(-1, 64), 64),
+        None if means is None else _rows(means.k_scale.view(-1, 64), 64),
+    )
+
+
+def _launch(given: Attention, sources: tuple[Any, ...], outs: tuple[Any, ...], k: Tensor, stages: int) -> None:
     out, lse, v_scale, v_centre, lse_shift = outs
     lists, tiles = given.lists, given.tiles.numel()
     heads, dim = out.shape[1], out.shape[3]
-    is_8bit = v_scale is not None
     hides = (
         given.kv_len % _KEYS != 0 or given.lengths is not None or (given.may_keep_nothing and sources[3] is not None)
     )
@@ -115,7 +112,7 @@ def _launch(
         given.q_blocks,
         given.kv_blocks,
         0 if sources[3] is None else -(-given.kv_blocks // _KEYS),
-        programs if outgrows_cache else 1,
+        programs if _outgrows_cache(k, given.kv_len) else 1,
         *lists.strides,
         given.scale * LOG2_E,
         DIM=dim,
@@ -123,7 +120,7 @@ def _launch(
         HIDES=hides,
         EMPTIES=given.may_keep_nothing or given.lengths is not None,
         LENGTHS_ON_QUERIES=given.lengths is not None and given.lengths_on_queries,
-        IS_8BIT=is_8bit,
+        IS_8BIT=given.quantised is not None,
         num_warps=4,
         enable_fp_fusion=True,
     )
