@@ -352,8 +352,9 @@ def kept_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     columns = mask.shape[-1]
     rows = mask.transpose(1, 2).flatten(0, 1).contiguous()
-    numbers = torch.arange(columns, dtype=torch.float32, device=mask.device)  # NPUs sort whole numbers on their CPU
-    ranked = torch.where(rows, numbers, columns).sort(dim=-1).values
+    # float32, because NPUs sort whole numbers on their CPU
+    numbers = torch.arange(0, columns, 1, dtype=torch.float32, device=mask.device)
+    ranked = torch.where(rows, numbers, columns).sort(dim=-1, stable=True).values
     return torch.where(ranked < columns, ranked, -1).to(torch.int64), rows.sum(dim=-1)
 
 

@@ -1,6 +1,7 @@
 """Operators by their real schemas, on CPU tensors by the definitions, and the backend on them.
 
-torch_npu's schemas are read from the wheel's own list; MindIE-SD is on no package index, so its are written down.
+torch_npu's schemas are read from the wheel's own list, MindIE-SD's from its extension library, which is not loaded here:
+that takes torch_npu and CANN (mindiesd_operators.py).
 """
 
 from __future__ import annotations
@@ -25,22 +26,20 @@ from rainfusion.testing.target import Target
 A2, A3, ASCEND_950 = CHIPS
 CPU = Device("cpu")
 
-MINDIESD = (
-    "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? block_sparse_mask=None, "
-    "int[] block_shape=[128,128], str q_input_layout='BNSD', str kv_input_layout='BNSD', int num_key_value_heads=1, "
-    "float scale_value=1.0, int inner_precise=0, int[]? actual_seq_lengths=None, int[]? actual_seq_lengths_kv=None, "
-    "int softmax_lse_flag=0, Tensor? q_dequant_scale=None) -> (Tensor, Tensor)",
-    "rainfusionattention(Tensor query, Tensor key, Tensor value, Tensor select_idx, Tensor select_num_idx, "
-    "int[] blockshape, Tensor? attn_mask=None, int[]? actual_seq_qlen=None, int[]? actual_seq_kvlen=None, "
-    "Tensor? block_table=None, str q_input_layout='TND', str kv_input_layout='TND', int head_num=1, int mask_type=0, "
-    "float scale=1.0, int inner_precise=1, int block_size=0) -> (Tensor, Tensor)",
-)
+MINDIESD = ("block_sparse_attention", "rainfusionattention")
 # What MindIE-SD called block_sparse_attention before: another operator.
 MINDIESD_BEFORE = (
     "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor sparse_mask, Tensor sparse_count_table, "
     "str input_layout='BNSD', int sparse_size=128, int num_heads=1, int num_key_value_heads=1, "
     "float scale_value=1., bool causal=True, int inner_precise=1) -> Tensor"
 )
+
+
+def mindiesd_schemas() -> dict[str, str]:
+    """What MindIE-SD's extension library registers, by name."""
+    texts = Path(os.environ["MINDIESD_LIBRARY"]).read_bytes().split(b"\0")
+    schemas = [" ".join(text.decode().split()) for text in texts if re.match(rb"\w+\(Tensor .*-> ", text, re.DOTALL)]
+    return {schema.partition("(")[0]: schema for schema in schemas}
 
 
 class Emulated:
@@ -58,8 +57,8 @@ class Emulated:
         return self.register("npu", schemas)
 
     def mindiesd(self) -> Emulated:
-        """Register MindIE-SD's."""
-        return self.register("mindiesd", MINDIESD)
+        """Register those of MindIE-SD's that the backend can call."""
+        return self.register("mindiesd", (mindiesd_schemas()[name] for name in MINDIESD))
 
     def register(self, namespace: str, schemas: Iterable[str]) -> Emulated:
         """Define operators and give them kernels on the CPU."""

@@ -1,4 +1,4 @@
-"""Lowering to MindIE-SD's operators, defined here by their schemas: MindIE-SD is on no package index."""
+"""Lowering to MindIE-SD's operators, argument by argument, under the schemas in its extension library."""
 
 from __future__ import annotations
 
