@@ -80,6 +80,11 @@ def test_on_the_stand_in_device(module: str, cann: Path) -> None:
     passed(npu.run(npu.PYTHON, *arguments, **npu.environ(cann)))
 
 
+def test_mindiesds_own_selection(cann: Path, mindiesd_library: str) -> None:
+    arguments = npu.pytest_arguments("-p", "stand_in_device", str(INSIDE / "mindiesd_selection.py"))
+    passed(npu.run(npu.PYTHON, *arguments, **npu.environ(cann, mindiesd=True, MINDIESD_LIBRARY=mindiesd_library)))
+
+
 def test_the_next_operator_serves_where_cann_lacks_one(old_cann: Path) -> None:
     arguments = npu.pytest_arguments("-p", "stand_in_device", str(INSIDE / "old_cann.py"))
     passed(npu.run(npu.PYTHON, *arguments, **npu.environ(old_cann)))
