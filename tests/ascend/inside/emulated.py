@@ -1,7 +1,7 @@
 """Operators by their real schemas, on CPU tensors by the definitions, and the backend on them.
 
-torch_npu's schemas are read from the wheel's own list, MindIE-SD's from its extension library, which is not loaded here:
-that takes torch_npu and CANN (mindiesd_operators.py).
+torch_npu's schemas are read from the wheel's own list, MindIE-SD's from its extension library. To load that takes
+torch_npu and CANN (mindiesd_operators.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from rainfusion.backends.torch_npu import calls, detection, operators
+from rainfusion.backends.torch_npu import detection, operators
 from rainfusion.backends.torch_npu.backend import TorchNpuBackend
-from rainfusion.backends.torch_npu.detection import CHIPS, Chip
+from rainfusion.backends.torch_npu.chips import CHIPS, Chip
 from rainfusion.backends.torch_npu.operators import Operator
 from rainfusion.core.backend import Device
 from rainfusion.core.ops import attend
@@ -71,7 +71,7 @@ class Emulated:
         return self
 
     def _recorded(self, operator: str) -> Any:
-        declared = calls._operator(operator)._schema.arguments
+        declared = operators._operator(operator)._schema.arguments
         names = [argument.name for argument in declared]
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
@@ -83,18 +83,27 @@ class Emulated:
 
 
 def _by_block_mask(given: dict[str, Any]) -> Any:
-    mask = given["block_sparse_mask"].bool()
-    assert mask.any(dim=-1).all(), "a row without blocks is left unwritten"
+    mask, q, k = given["block_sparse_mask"].bool(), given["query"], given["key"]
+    rows, lengths = (
+        torch.tensor(given[name], dtype=torch.int32) for name in ("actual_seq_lengths", "actual_seq_lengths_kv")
+    )
+    assert ((rows >= 1) & (rows <= q.shape[2]) & (lengths >= 1) & (lengths <= k.shape[2])).all(), "lengths"
+    starts = torch.arange(mask.shape[-1]) * given["block_shape"][1]
+    within = mask & (starts < lengths[:, None])[:, None, None]
+    assert within.any(dim=-1).all(), "a row without blocks is left unwritten"
     out, lse = attend(
-        given["query"],
-        given["key"],
+        q,
+        k,
         given["value"],
         mask=mask,
+        lengths=lengths,
         block=tuple(given["block_shape"]),
         scale=given["scale_value"],
     )
+    unwritten = (torch.arange(q.shape[2]) >= rows[:, None])[:, None]
+    out, lse = out.masked_fill(unwritten[..., None], torch.nan), lse.masked_fill(unwritten, torch.nan)
     never_written = torch.full_like(lse, torch.nan)
-    return out.to(given["query"].dtype), (lse if given["softmax_lse_flag"] else never_written)[..., None]
+    return out.to(q.dtype), (lse if given["softmax_lse_flag"] else never_written)[..., None]
 
 
 def _by_index_lists(given: dict[str, Any]) -> Any:
@@ -154,7 +163,7 @@ _KINDS = {"Tensor": torch.Tensor, "List[int]": list, "str": str, "float": float,
 
 def assert_fits(operator: str, given: dict[str, Any]) -> None:
     """Arguments have names and types that the operator's schema declares, none that it needs is left out."""
-    declared = {argument.name: argument for argument in calls._operator(operator)._schema.arguments}
+    declared = {argument.name: argument for argument in operators._operator(operator)._schema.arguments}
     assert {name for name, argument in declared.items() if not argument.has_default_value()} <= {*given} <= {*declared}
     for name, value in given.items():
         kind = str(declared[name].type)
@@ -166,7 +175,7 @@ def assert_fits(operator: str, given: dict[str, Any]) -> None:
 def target(monkeypatch: Any, chip: Chip = A2, *only: Operator) -> Target:
     """The backend as on a chip, with nothing remembered, with some operators only if these are given."""
     monkeypatch.setattr(detection, "chip", lambda: chip)
-    monkeypatch.setattr(calls, "_lacking", {})
+    monkeypatch.setattr(operators, "_lacking", {})
     if only:
         monkeypatch.setattr(operators, "OPERATORS", only)
     return Target(OnCpu(), CPU)

@@ -11,8 +11,9 @@ import torch
 from emulated import by_name, mindiesd_schemas
 from meta_kernels import CASES, results
 
-from rainfusion.backends.torch_npu import calls, operators
-from rainfusion.backends.torch_npu.detection import CHIPS, chip
+from rainfusion.backends.torch_npu import operators
+from rainfusion.backends.torch_npu.chips import CHIPS
+from rainfusion.backends.torch_npu.detection import chip
 from rainfusion.testing.cases import builtin_cases
 from rainfusion.testing.oracle import expected
 from rainfusion.testing.target import find_target
@@ -29,7 +30,7 @@ def only(monkeypatch, name):
 
 def registered(name):
     by_name(name)
-    return calls._operator(name)._schema
+    return operators._operator(name)._schema
 
 
 @pytest.mark.parametrize("name", OURS)
