@@ -64,6 +64,14 @@ def test_the_fake_kernel_gives_a_log_sum_exp_in_float32(on, monkeypatch):
     assert (got["%lse"].shape, got["%lse"].dtype) == ((p.batch, p.heads, p.q_len), torch.float32)
 
 
+def test_bfloat16_on_950_can_be_traced_here(monkeypatch):
+    """Unlike with torch_npu's Meta kernel; docs/ascend.md says so."""
+    only(monkeypatch, BLOCK_SPARSE)
+    (case,) = (c for c in CASES if c.name == "video-f16")
+    _, got = results(case, CHIPS[-1], monkeypatch, "bfloat16")
+    assert got["%out"].dtype == torch.bfloat16
+
+
 NAMES = ("video", "batch", "grouped_heads", "more_keys", "head_dim_80", "long_key_blocks", "given_order", "empty_rows")
 
 
