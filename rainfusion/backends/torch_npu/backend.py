@@ -47,7 +47,7 @@ class TorchNpuBackend(TorchArrays):
         """As for all torch tensors. One number a sample is remembered: operators take lengths as numbers."""
         tensor = super().from_host(array, device, dtype)
         if array.ndim == 1 and array.size <= MOST_REMEMBERED:
-            tensor.given_on_host = array  # type: ignore[attr-defined]  # what `lowering.on_host` reads
+            tensor.given_on_host = array.copy()  # type: ignore[attr-defined]  # what `lowering.on_host` reads
         return tensor
 
     @contextmanager

@@ -45,12 +45,11 @@ MEANS_KEYWORDS = frozenset(
 )
 LARGEST_PART = 1 << 30  # bytes of mask and float32 queries that are alive at a time
 
-# For the estimate in `seconds_saved`, of a 910B by its data sheet: float16 operations and bytes of memory a second.
+# For the estimate in `seconds_saved`. Of a 910B, as published: float16 operations and bytes of memory a second.
 _OPERATIONS, _BYTES = 3e14, 1.6e12
-_CALL = 2e-5  # assumed: seconds that one more operator takes to start
-_SURCHARGE = (
-    0.25  # assumed: how much longer a block-sparse operator takes than a dense one, for the same pairs of tokens
-)
+# Assumed: seconds that one more operator takes to start, and how much longer a block-sparse operator takes than a dense
+# one for the same pairs of tokens.
+_CALL, _SURCHARGE = 2e-5, 0.25
 
 
 def build(segment: Segment, plan: Plan, device: Device) -> Callable[[Values], Values]:
@@ -141,8 +140,8 @@ class Split:
     @property
     def is_possible(self) -> bool:
         """Whether there are operators for both, and the one for the sparse rows spends less on them."""
-        parts = (self.sparse, self.dense)
-        return not any(map(operators.refusals, parts)) and operators.operator_for(self.sparse).is_sparse
+        sparse, dense = map(operators.first_for, (self.sparse, self.dense))
+        return sparse is not None and sparse.is_sparse and dense is not None
 
     def __call__(self, given: Tensors) -> Attended:
         """Attend to both and put the results together."""

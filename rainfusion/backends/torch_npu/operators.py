@@ -343,13 +343,18 @@ OPERATORS: tuple[Operator, ...] = (
 """In order of preference."""
 
 
+def first_for(request: Request) -> Operator | None:
+    """The first operator that can do it, None where none can."""
+    return next((operator for operator in OPERATORS if not _reasons(operator, request)), None)
+
+
 def operator_for(request: Request) -> Operator:
     """The first operator that can do it.
 
     Raises:
         LoweringError: none can; the message has the reasons.
     """
-    able = next((operator for operator in OPERATORS if not _reasons(operator, request)), None)
+    able = first_for(request)
     if able is None:
         raise LoweringError(f"{'; '.join(refusals(request))}. backend='torch' does it with plain torch operations")
     return able
