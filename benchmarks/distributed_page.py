@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from page_tables import filled
+from generated import filled
 
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE = ROOT / "hw_matrix/results/distributed", ROOT / "docs/several_devices.md"

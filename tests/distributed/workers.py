@@ -101,11 +101,12 @@ def _serve(pipe: Connection, rank: int, most: int, rendezvous: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from rainfusion.core.errors import SparsityWarning
+    from rainfusion.core.errors import SparsityWarning, SpeedWarning
 
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", SparsityWarning)  # small grids cannot spend a budget well
+    warnings.simplefilter("ignore", SpeedWarning)  # 8 bits are emulated here
     warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)  # diffusers
     if DEVICE == "cuda":
         warnings.filterwarnings("ignore", module="torch.distributed")  # advice on NCCL

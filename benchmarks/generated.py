@@ -1,16 +1,15 @@
-"""Tables of a page in Markdown that a script writes, each between ``<!-- name -->`` and ``<!-- end -->``."""
+"""Tables of a page of the documentation, put where the page marks their places."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 
-def filled(text: str, tables: Mapping[str, str]) -> str:
-    """The page with its tables in place of those that it has.
+def filled(text: str, tables: dict[str, str]) -> str:
+    """A page with its tables, by name, in place of those that it has between ``<!-- name -->`` and ``<!-- end -->``.
 
     Raises:
-        ValueError: a table that has no place in it, or several.
+        ValueError: the page has no such place, or several.
     """
     for name, table in tables.items():
         block = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
