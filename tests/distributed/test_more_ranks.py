@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.slow,
     on_the_cpu,
-    pytest.mark.filterwarnings("ignore::rainfusion.SparsityWarning"),
+    pytest.mark.filterwarnings("ignore::rainfusion.SparsityWarning", "ignore::rainfusion.SpeedWarning"),
 ]
 
 MOST = 8

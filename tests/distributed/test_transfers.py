@@ -14,7 +14,10 @@ from tests.distributed.cases import DEVICE, Case, Result, on_ranks
 from tests.distributed.test_exact import check
 from tests.distributed.workers import WORLD, Workers
 
-pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore::rainfusion.SparsityWarning")]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore::rainfusion.SparsityWarning", "ignore::rainfusion.SpeedWarning"),
+]
 
 
 class Masked(Case):
@@ -83,6 +86,12 @@ def test_what_no_rank_keeps_is_not_sent(workers: Workers, shards: np.ndarray, om
     if omitted == "summary":
         reads[:, :, 1] = True  # one head reads everything
     check_sends(workers, masked(reads, omitted=omitted))
+
+
+@pytest.mark.parametrize("omitted", ["drop", "summary"])
+def test_what_is_not_sent_does_not_count_in_8_bits(workers: Workers, omitted: str) -> None:
+    reads = np.repeat(NEIGHBOURS[..., None], 4, axis=2)
+    check_sends(workers, masked(reads, omitted=omitted, precision="int8"))
 
 
 @settings(max_examples=15)
