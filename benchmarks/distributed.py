@@ -18,6 +18,7 @@ differ by more than rounding, and where anything was not measured.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -87,22 +88,18 @@ def main() -> None:
     began, world = time.monotonic(), dist.get_world_size()
     record: dict[str, Any] = {"environment": environment(), "device": _name(device), "world": world, "rows": []}
     say(f"{world} x {record['device']}, {dist.get_backend()}, torch {torch.__version__}")
-    for size, sparsity in [(size, sparsity) for sparsity in args.sparsity for size in args.sizes]:
+    for sparsity, size in itertools.product(args.sparsity, args.sizes):
         if any_rank(time.monotonic() - began > args.seconds, device):
-            say(f"not measured, after {args.seconds} s: {size.name}, {sparsity:.0%}")
-            record["rows"].append(
-                {"size": size.name, "sparsity": sparsity, "not_measured": f"{args.seconds} s are over"}
-            )
-            continue
-        record["rows"].append(measured(size, sparsity, args.rounds, device))
-        if args.json and dist.get_rank() == 0:  # what there is, should a later row fail
+            row = {"size": size.name, "sparsity": sparsity, "not_measured": f"{args.seconds} s are over"}
+            say(f"not measured, {row['not_measured']}: {size.name}, {sparsity:.0%}")
+        else:
+            row = measured(size, sparsity, args.rounds, device)
+        record["rows"].append(row)
+        if args.json and dist.get_rank() == 0:  # after every row, should a later one fail
             args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     say(f"{time.monotonic() - began:.0f} s")
-    complete = all("not_measured" not in row and not row["differs"] for row in record["rows"])
-    if args.json and dist.get_rank() == 0:
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     dist.destroy_process_group()
-    sys.exit(0 if complete else 1)
+    sys.exit(0 if all("not_measured" not in row and not row["differs"] for row in record["rows"]) else 1)
 
 
 def _arguments() -> argparse.Namespace:
