@@ -48,11 +48,14 @@ docs: .venv-docs/ready
 .venv-quality/ready: EXTRAS = quality
 
 # A second environment for tests/ascend: torch_npu beside torch, which then needs CANN or a stand-in to be imported.
-# Where its wheel cannot be had, what pip said is kept, and those tests are skipped with it (CI fails instead).
+# MindIE-SD has a folder of its own there, since tests run with and without it; its wheel does not ask for the other two.
+# Where a wheel cannot be had, what pip said is kept, and the tests of it are skipped with it (CI fails instead).
 .venv-npu/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv-npu
 	.venv-npu/bin/python $(PIP_INSTALL) --editable '.[ascend-test]' 2> .venv-npu/said \
 	  || { grep -m 1 ERROR .venv-npu/said || echo pip failed; } > .venv-npu/missing
+	.venv-npu/bin/python $(PIP_INSTALL) --no-deps --target .venv-npu/mindiesd mindiesd einops safetensors \
+	  2> .venv-npu/said || { grep -m 1 ERROR .venv-npu/said || echo pip failed; } > .venv-npu/missing-mindiesd
 	touch $@
 
 # Python 3.10 to 3.12: later ones have no NumPy 1.26. For a torch without CUDA's libraries, set PIP_EXTRA_INDEX_URL.

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 VENV = ROOT / ".venv-npu"
 PYTHON = VENV / "bin" / "python"
+MINDIESD = VENV / "mindiesd"  # MindIE-SD and what it imports, apart: tests run with it and without
 STAND_IN = HERE / "stand_in"
 CHIPS = {"A2": "Ascend910B3", "A3": "Ascend910_9391", "950": "Ascend950PR_9589"}
 
@@ -25,6 +26,19 @@ def missing() -> str:
         return "no environment with the torch_npu wheel; `make .venv-npu/ready` makes it"
     tools = [tool for tool in ("gcc", "nm", "readelf") if shutil.which(tool) is None]
     return f"no {', '.join(tools)} to build the stand-ins with" if tools else ""
+
+
+def mindiesd_missing() -> str:
+    """Why MindIE-SD is not here; empty where it is."""
+    refused = VENV / "missing-mindiesd"
+    if refused.exists():
+        return f"MindIE-SD cannot be had here: {refused.read_text().strip()} (`make clean` tries again)"
+    return "" if MINDIESD.is_dir() else "MindIE-SD is not in .venv-npu; `make clean .venv-npu/ready` brings it"
+
+
+def mindiesd_library() -> Path:
+    """MindIE-SD's extension library for torch 2.13, which holds the schemas of its operators."""
+    return MINDIESD / "mindiesd" / "plugin" / "torch213" / "libPTAExtensionOPS.so"
 
 
 def site_packages() -> Path:
@@ -45,13 +59,14 @@ def build_stand_in(folder: Path, *defines: str) -> Path:
     return folder
 
 
-def environ(libraries: Path | None = None, **more: str) -> dict[str, str]:
+def environ(libraries: Path | None = None, *, mindiesd: bool = False, **more: str) -> dict[str, str]:
     """The environment of a process; `libraries` are the stand-ins it finds in place of CANN."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAINFUSION", "PYTEST", "ASCEND"))}
     # The stand-in device has no queue: an operator is done when its call returns.
     here = {"LD_LIBRARY_PATH": str(libraries), "TASK_QUEUE_ENABLE": "0"} if libraries else {}
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # matrices are small
-    return {**kept, **one_thread, "PYTHONPATH": str(STAND_IN), "PYTHONDONTWRITEBYTECODE": "1", **here, **more}
+    path = os.pathsep.join(map(str, [STAND_IN, *([MINDIESD] if mindiesd else [])]))
+    return {**kept, **one_thread, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **here, **more}
 
 
 def run(python: str | Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

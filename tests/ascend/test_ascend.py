@@ -46,16 +46,43 @@ def passed(done: CompletedProcess[str]) -> None:
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("module", ["to_torch_npu", "to_mindiesd"])
-def test_every_argument_fits_the_real_schema(module: str) -> None:
-    path = str(INSIDE / f"{module}.py")
+@pytest.fixture(scope="module")
+def mindiesd_library() -> str:
+    """MindIE-SD's extension library; CI must have it."""
+    reason = npu.mindiesd_missing()
+    if reason and os.environ.get("CI"):
+        pytest.fail(f"CI needs it: {reason}", pytrace=False)
+    if reason:
+        pytest.skip(reason)
+    return str(npu.mindiesd_library())
+
+
+def test_every_argument_fits_torch_npus_schemas() -> None:
+    path = str(INSIDE / "to_torch_npu.py")
     passed(npu.run(sys.executable, *npu.pytest_arguments(path), **npu.environ(TORCH_NPU_SCHEMAS=str(npu.schemas()))))
+
+
+def test_every_argument_fits_mindiesds_schemas(mindiesd_library: str) -> None:
+    path = str(INSIDE / "to_mindiesd.py")
+    passed(npu.run(sys.executable, *npu.pytest_arguments(path), **npu.environ(MINDIESD_LIBRARY=mindiesd_library)))
+
+
+@pytest.mark.parametrize("chip", npu.CHIPS)
+def test_mindiesds_own_library_on_the_stand_in_device(chip: str, cann: Path, mindiesd_library: str) -> None:
+    arguments = npu.pytest_arguments("-p", "stand_in_device", str(INSIDE / "mindiesd_operators.py"))
+    names = {"MINDIESD_LIBRARY": mindiesd_library, "STAND_IN_SOC": npu.CHIPS[chip]}
+    passed(npu.run(npu.PYTHON, *arguments, **npu.environ(cann, mindiesd=True, **names)))
 
 
 @pytest.mark.parametrize("module", ["meta_kernels", "no_round_trip"])
 def test_on_the_stand_in_device(module: str, cann: Path) -> None:
     arguments = npu.pytest_arguments("-p", "stand_in_device", str(INSIDE / f"{module}.py"))
     passed(npu.run(npu.PYTHON, *arguments, **npu.environ(cann)))
+
+
+def test_mindiesds_own_selection(cann: Path, mindiesd_library: str) -> None:
+    arguments = npu.pytest_arguments("-p", "stand_in_device", str(INSIDE / "mindiesd_selection.py"))
+    passed(npu.run(npu.PYTHON, *arguments, **npu.environ(cann, mindiesd=True, MINDIESD_LIBRARY=mindiesd_library)))
 
 
 def test_the_next_operator_serves_where_cann_lacks_one(old_cann: Path) -> None:

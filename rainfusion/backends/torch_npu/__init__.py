@@ -16,6 +16,6 @@ def rainfusion_backends() -> list[BackendSpec]:
             "an NPU instead, set TORCH_DEVICE_BACKEND_AUTOLOAD=0",
             isolate=True,
             arrays=("torch:npu",),
-            revision=2,
+            revision=3,
         )
     ]

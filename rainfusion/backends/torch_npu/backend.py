@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+import torch
+
 from rainfusion.backends.torch_arrays import TorchArrays
 from rainfusion.backends.torch_npu import detection, lowering, operators
 from rainfusion.backends.torch_npu.operators import Request
 from rainfusion.core.backend import Capabilities, Device, Kernel
 from rainfusion.core.ops import Attend
 from rainfusion.core.plan import Plan
+
+MOST_REMEMBERED = 1024  # samples; a constant of that many numbers costs nothing to remember
 
 
 class TorchNpuBackend(TorchArrays):
@@ -23,8 +28,8 @@ class TorchNpuBackend(TorchArrays):
         return detection.devices()
 
     def capabilities(self, device: Device) -> Capabilities:
-        # Alike on A2, A3 and 950. Head dims and blocks depend on each other and on what is installed: `objections`.
-        return Capabilities(dtypes=frozenset({"float16", "bfloat16"}))
+        # Head dims and blocks depend on each other and on what is installed: `objections`.
+        return Capabilities(dtypes=frozenset(detection.chip().dtypes))
 
     def objections(self, plan: Plan, device: Device) -> Sequence[str]:
         claims = super().objections(plan, device)
@@ -37,6 +42,13 @@ class TorchNpuBackend(TorchArrays):
 
     def kernels(self, plan: Plan, device: Device) -> Sequence[Kernel]:
         return [lowering.KERNEL]
+
+    def from_host(self, array: np.ndarray, device: Device, dtype: str | None = None) -> torch.Tensor:
+        """As for all torch tensors. One number a sample is remembered: operators take lengths as numbers."""
+        tensor = super().from_host(array, device, dtype)
+        if array.ndim == 1 and array.size <= MOST_REMEMBERED:
+            tensor.given_on_host = array.copy()  # type: ignore[attr-defined]  # what `lowering.on_host` reads
+        return tensor
 
     @contextmanager
     def running(self, device: Device) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The Ascend chips that have block-sparse attention, and finding them without breaking the interpreter.
+"""Finding the NPUs of a machine without breaking the interpreter.
 
 Importing torch_npu where CANN is missing fails in several ways, leaves half of it loaded, and changes an
 environment variable; so it is tried in another process first, and what failed is not tried again.
@@ -9,48 +9,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from rainfusion.backends.torch_npu.chips import CHIPS, Chip, chip_of
 from rainfusion.core.backend import Device
 from rainfusion.core.errors import BackendUnavailableError
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # with 0, importing torch does not import torch_npu
 INSTALL_CANN = f"install CANN and source its set_env.sh; without an NPU, set {AUTOLOAD}=0 to use torch on the CPU"
 _SECONDS = 120
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One generation of chips; differences as in CANN's documentation of the block-sparse operators.
-
-    Attributes:
-        name: as the documentation calls it.
-        socs: its numbers in `torch_npu.npu.get_soc_version()`.
-        inner_precise: the softmax of the block-sparse operators: 0 in float32; 4 in the tensors' dtype, with
-            the running output rescaled in float32.
-        has_index_lists: whether it has the older operator that takes lists of blocks.
-    """
-
-    name: str
-    socs: range
-    inner_precise: int
-    has_index_lists: bool
-
-
-CHIPS = (
-    Chip("A2", range(220, 226), inner_precise=0, has_index_lists=True),
-    Chip("A3", range(250, 256), inner_precise=0, has_index_lists=True),
-    Chip("950", range(260, 261), inner_precise=4, has_index_lists=False),  # 4 is the one mode it has
-)
-
-
-def chip_of(soc: int) -> Chip | None:
-    """The chip with that number, None where it is none of them."""
-    return next((chip for chip in CHIPS if soc in chip.socs), None)
 
 
 def devices() -> list[Device]:

@@ -1,14 +1,17 @@
 """The one kernel: attention on NPU tensors, from the caller's token order and back, with the mask chain before it.
 
 Every tensor is brought into block order once, and the mask chain reads it there: by the definitions, in float32.
-Nothing is read back to the host and no shape depends on data, so nothing waits for the device; what the device
-needs beside the tensors is copied there when the plan is lowered.
+Blocks are selected without a wait for the device and without a shape that depends on data; what the device needs
+beside the tensors is copied there when the plan is lowered. Lengths of padded samples alone are read back, before
+anything else of a call is queued, where they are on the device and the operator takes them as numbers.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,21 @@ from torch import Tensor
 
 from rainfusion.backends.torch_arrays import all_modes_off
 from rainfusion.backends.torch_npu import detection, operators
-from rainfusion.backends.torch_npu.calls import call, trouble
-from rainfusion.backends.torch_npu.operators import FULL_MASK, Request, Tensors, fusion_limits, log_sum_exp
+from rainfusion.backends.torch_npu.operators import (
+    FULL_MASK,
+    Attended,
+    Request,
+    Tensors,
+    call,
+    fusion_limits,
+    log_sum_exp,
+    trouble,
+)
 from rainfusion.core.backend import Device, Kernel, Segment
 from rainfusion.core.errors import LoweringError
 from rainfusion.core.ops import Attend, AttendMeans, BlockMean, BlockScore, Merge, Op, Select, block_mean, merge, select
 from rainfusion.core.plan import Plan
+from rainfusion.core.problem import AttentionProblem
 from rainfusion.core.stages import Stages
 
 Values = Mapping[str, Any]
@@ -32,6 +44,12 @@ MEANS_KEYWORDS = frozenset(
     {"query", "key", "value", "head_num", "input_layout", "pse", "atten_mask", "scale", "sparse_mode"}
 )
 LARGEST_PART = 1 << 30  # bytes of mask and float32 queries that are alive at a time
+
+# For the estimate in `seconds_saved`. Of a 910B, as published: float16 operations and bytes of memory a second.
+_OPERATIONS, _BYTES = 3e14, 1.6e12
+# Assumed: seconds that one more operator takes to start, and how much longer a block-sparse operator takes than a dense
+# one for the same pairs of tokens.
+_CALL, _SURCHARGE = 2e-5, 0.25
 
 
 def build(segment: Segment, plan: Plan, device: Device) -> Callable[[Values], Values]:
@@ -66,8 +84,10 @@ class LoweredAttention:
     """
 
     def __init__(self, segment: Segment, attend: Attend, plan: Plan, device: torch.device) -> None:
-        self.segment, self.request = segment, Request.of(attend, plan, detection.chip())
+        self.segment, self.attend = segment, attend
+        self.request = Request.of(attend, plan, detection.chip())
         operators.operator_for(self.request)  # refuse before the first call, if at all
+        self.split = Split.of(attend, plan, self.request)
         counts = plan.counts_of(attend.mask)
         self.may_be_empty = self.request.has_lengths or counts is None or not counts.all()
         means = segment.find(AttendMeans)
@@ -79,7 +99,11 @@ class LoweredAttention:
     @property
     def how(self) -> str:
         """Which operator attends, for ``print(executable)``."""
-        return f"attend by {'; '.join(operators.refusals(self.request)) or operators.operator_for(self.request)}"
+        how = f"attend by {'; '.join(operators.refusals(self.request)) or operators.operator_for(self.request)}"
+        if self.split is None or not self.split.is_possible:
+            return how
+        rows, dense = self.split.dense.problem.q_len, operators.operator_for(self.split.dense)
+        return f"{how}, the last {rows} rows by {dense}, which is estimated to be faster"
 
     def __call__(self, values: Values) -> Values:
         """Run the operations, in program order."""
@@ -87,6 +111,60 @@ class LoweredAttention:
         for op in self.segment.ops:
             one_call.run(op)
         return one_call.made
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows that attend to all keys, which are the last in block order, by another operator than the others.
+
+    Attributes:
+        sparse: the rows that do not; dense: those that do.
+    """
+
+    sparse: Request
+    dense: Request
+
+    @classmethod
+    def of(cls, attend: Attend, plan: Plan, request: Request) -> Split | None:
+        """How to split; None where no rows are known to be dense, or one call for all is estimated to be faster."""
+        chosen = next((op for op in plan.ops if isinstance(op, Select) and op.mask == attend.mask), None)
+        if chosen is None or request.has_lengths:
+            return None
+        p = request.problem
+        start = min(chosen.q.free_blocks * request.block[0], p.q_len)
+        if start in (0, p.q_len) or seconds_saved(p, p.q_len - start) <= 0:
+            return None
+        sparse = replace(request, problem=replace(p, q_len=start))
+        return cls(sparse, replace(request, is_dense=True, problem=replace(p, q_len=p.q_len - start)))
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there are operators for both, and the one for the sparse rows spends less on them."""
+        sparse, dense = map(operators.first_for, (self.sparse, self.dense))
+        return sparse is not None and sparse.is_sparse and dense is not None
+
+    def __call__(self, given: Tensors) -> Attended:
+        """Attend to both and put the results together."""
+        assert given.mask is not None
+        start = self.sparse.problem.q_len
+        mask = given.mask[:, :, : -(-start // self.sparse.block[0])].contiguous()
+        sparse = Tensors(given.q[:, :, :start].contiguous(), given.k, given.v, mask)
+        dense = Tensors(given.q[:, :, start:].contiguous(), given.k, given.v, None)
+        (out, lse), (rest, rest_lse) = operators.attend(sparse, self.sparse), operators.attend(dense, self.dense)
+        joined = None if lse is None or rest_lse is None else torch.cat([lse, rest_lse], dim=2)
+        return torch.cat([out, rest], dim=2), joined
+
+
+def seconds_saved(p: AttentionProblem, rows: int) -> float:
+    """What it saves to give dense rows to a dense operator: an estimate by assumed figures, with nothing measured.
+
+    The dense operator is taken to be faster for the same pairs of tokens; in return queries and output are copied
+    once more, and one more operator starts.
+    """
+    heads = p.batch * p.heads
+    faster = _SURCHARGE * 4 * p.head_dim * heads * rows * p.kv_len / _OPERATIONS
+    copies = 2 * 4 * p.head_dim * heads * p.q_len / _BYTES  # read and written, two bytes each
+    return faster - copies - _CALL
 
 
 class _Call:
@@ -98,6 +176,11 @@ class _Call:
         self._values: ChainMap[str, Any] = ChainMap(self.made, values)  # type: ignore[arg-type]  # never written to
         self._in_blocks: dict[tuple[str, str | None], Tensor] = {}
         self._attended: dict[str | None, Tensor | None] = {}  # results in block order, until they are merged
+        # Before anything is queued, for what a call has queued would have to be waited for.
+        attend = lowered.attend
+        lengths = self._read(attend.lengths)
+        takes_numbers = lengths is not None and operators.operator_for(lowered.request).takes_numbers
+        self._numbers = on_host(lengths) if takes_numbers else None
 
     def run(self, op: Op) -> None:
         """Run one operation."""
@@ -144,16 +227,23 @@ class _Call:
         if lengths is not None:
             hidden = _beyond(lengths, k.shape[2])
             k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))  # NaN there must not spread
-        empty = _without_keys(mask, lengths, op.block[1]) if lowered.may_be_empty else None
-        if mask is not None and empty is not None:  # what operators do with a row without blocks is not documented
-            first = torch.cat([mask[..., :1] | empty[..., None], mask[..., 1:]], dim=-1)
-            out, lse = operators.attend(Tensors(q, k, v, first, hidden), lowered.request)
-        else:
-            out, lse = operators.attend(Tensors(q, k, v, mask, hidden), lowered.request)
+        kept = mask if mask is None or lengths is None else _within(mask, lengths, op.block[1])
+        empty = _without_keys(kept, lengths) if lowered.may_be_empty else None
+        if kept is not None and empty is not None:  # what operators do with a row without blocks is not documented
+            kept = torch.cat([kept[..., :1] | empty[..., None], kept[..., 1:]], dim=-1)
+        q_lengths = self._numbers if op.lengths_on_queries else None
+        out, lse = self._by_operators(Tensors(q, k, v, kept, hidden, q_lengths, self._numbers))
         if empty is not None:
             rows = empty if mask is None else empty.repeat_interleave(op.block[0], dim=2)[:, :, : q.shape[2]]
             out, lse = _emptied(out, lse, rows)
         return out, lse
+
+    def _by_operators(self, given: Tensors) -> Attended:
+        lowered = self._lowered
+        if lowered.split is not None and lowered.split.is_possible:
+            with suppress(LoweringError):  # an operator that CANN turned out to lack; the other way is left
+                return lowered.split(given)
+        return operators.attend(given, lowered.request)
 
     def _finish(self, op: Attend | AttendMeans, out: Tensor, lse: Tensor | None) -> None:
         """Keep results for a merge, and hand them out in the caller's order where they leave the kernel."""
@@ -265,14 +355,23 @@ def _beyond(lengths: Tensor, tokens: int) -> Tensor:
     return torch.arange(0, tokens, 1, dtype=lengths.dtype, device=lengths.device) >= lengths[:, None]
 
 
-def _without_keys(mask: Tensor | None, lengths: Tensor | None, block: int) -> Tensor | None:
+def _within(mask: Tensor, lengths: Tensor, block: int) -> Tensor:
+    """The mask without the key blocks that begin at or beyond a sample's length."""
+    starts = torch.arange(0, mask.shape[-1] * block, block, dtype=lengths.dtype, device=lengths.device)
+    return mask & (starts < lengths[:, None])[:, None, None]
+
+
+def _without_keys(mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """Query blocks that have no key: bool ``[B, H, q blocks]``, or ``[B, 1, 1]`` of all of a sample's."""
     if mask is None:
         return None if lengths is None else (lengths < 1)[:, None, None]
-    if lengths is not None:
-        starts = torch.arange(0, mask.shape[-1] * block, block, dtype=lengths.dtype, device=lengths.device)
-        mask = mask & (starts < lengths[:, None])[:, None, None]
     return mask.sum(dim=-1) == 0
+
+
+def on_host(lengths: Tensor) -> tuple[int, ...]:
+    """Lengths as numbers. Those that were given on the host are known; others are copied, which waits for them."""
+    known = getattr(lengths, "given_on_host", None)
+    return tuple(map(int, lengths.cpu().tolist() if known is None else known))
 
 
 def _emptied(out: Tensor, lse: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:

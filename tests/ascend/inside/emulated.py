@@ -1,6 +1,7 @@
 """Operators by their real schemas, on CPU tensors by the definitions, and the backend on them.
 
-torch_npu's schemas are read from the wheel's own list; MindIE-SD is on no package index, so its are written down.
+torch_npu's schemas are read from the wheel's own list, MindIE-SD's from its extension library. To load that takes
+torch_npu and CANN (mindiesd_operators.py).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from rainfusion.backends.torch_npu import calls, detection, operators
+from rainfusion.backends.torch_npu import detection, operators
 from rainfusion.backends.torch_npu.backend import TorchNpuBackend
-from rainfusion.backends.torch_npu.detection import CHIPS, Chip
+from rainfusion.backends.torch_npu.chips import CHIPS, Chip
 from rainfusion.backends.torch_npu.operators import Operator
 from rainfusion.core.backend import Device
 from rainfusion.core.ops import attend
@@ -25,22 +26,20 @@ from rainfusion.testing.target import Target
 A2, A3, ASCEND_950 = CHIPS
 CPU = Device("cpu")
 
-MINDIESD = (
-    "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? block_sparse_mask=None, "
-    "int[] block_shape=[128,128], str q_input_layout='BNSD', str kv_input_layout='BNSD', int num_key_value_heads=1, "
-    "float scale_value=1.0, int inner_precise=0, int[]? actual_seq_lengths=None, int[]? actual_seq_lengths_kv=None, "
-    "int softmax_lse_flag=0, Tensor? q_dequant_scale=None) -> (Tensor, Tensor)",
-    "rainfusionattention(Tensor query, Tensor key, Tensor value, Tensor select_idx, Tensor select_num_idx, "
-    "int[] blockshape, Tensor? attn_mask=None, int[]? actual_seq_qlen=None, int[]? actual_seq_kvlen=None, "
-    "Tensor? block_table=None, str q_input_layout='TND', str kv_input_layout='TND', int head_num=1, int mask_type=0, "
-    "float scale=1.0, int inner_precise=1, int block_size=0) -> (Tensor, Tensor)",
-)
+MINDIESD = ("block_sparse_attention", "rainfusionattention")
 # What MindIE-SD called block_sparse_attention before: another operator.
 MINDIESD_BEFORE = (
     "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor sparse_mask, Tensor sparse_count_table, "
     "str input_layout='BNSD', int sparse_size=128, int num_heads=1, int num_key_value_heads=1, "
     "float scale_value=1., bool causal=True, int inner_precise=1) -> Tensor"
 )
+
+
+def mindiesd_schemas() -> dict[str, str]:
+    """What MindIE-SD's extension library registers, by name."""
+    texts = Path(os.environ["MINDIESD_LIBRARY"]).read_bytes().split(b"\0")
+    schemas = [" ".join(text.decode().split()) for text in texts if re.match(rb"\w+\(Tensor .*-> ", text, re.DOTALL)]
+    return {schema.partition("(")[0]: schema for schema in schemas}
 
 
 class Emulated:
@@ -58,8 +57,8 @@ class Emulated:
         return self.register("npu", schemas)
 
     def mindiesd(self) -> Emulated:
-        """Register MindIE-SD's."""
-        return self.register("mindiesd", MINDIESD)
+        """Register those of MindIE-SD's that the backend can call."""
+        return self.register("mindiesd", (mindiesd_schemas()[name] for name in MINDIESD))
 
     def register(self, namespace: str, schemas: Iterable[str]) -> Emulated:
         """Define operators and give them kernels on the CPU."""
@@ -72,7 +71,7 @@ class Emulated:
         return self
 
     def _recorded(self, operator: str) -> Any:
-        declared = calls._operator(operator)._schema.arguments
+        declared = operators._operator(operator)._schema.arguments
         names = [argument.name for argument in declared]
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
@@ -84,18 +83,27 @@ class Emulated:
 
 
 def _by_block_mask(given: dict[str, Any]) -> Any:
-    mask = given["block_sparse_mask"].bool()
-    assert mask.any(dim=-1).all(), "a row without blocks is left unwritten"
+    mask, q, k = given["block_sparse_mask"].bool(), given["query"], given["key"]
+    rows, lengths = (
+        torch.tensor(given[name], dtype=torch.int32) for name in ("actual_seq_lengths", "actual_seq_lengths_kv")
+    )
+    assert ((rows >= 1) & (rows <= q.shape[2]) & (lengths >= 1) & (lengths <= k.shape[2])).all(), "lengths"
+    starts = torch.arange(mask.shape[-1]) * given["block_shape"][1]
+    within = mask & (starts < lengths[:, None])[:, None, None]
+    assert within.any(dim=-1).all(), "a row without blocks is left unwritten"
     out, lse = attend(
-        given["query"],
-        given["key"],
+        q,
+        k,
         given["value"],
         mask=mask,
+        lengths=lengths,
         block=tuple(given["block_shape"]),
         scale=given["scale_value"],
     )
+    unwritten = (torch.arange(q.shape[2]) >= rows[:, None])[:, None]
+    out, lse = out.masked_fill(unwritten[..., None], torch.nan), lse.masked_fill(unwritten, torch.nan)
     never_written = torch.full_like(lse, torch.nan)
-    return out.to(given["query"].dtype), (lse if given["softmax_lse_flag"] else never_written)[..., None]
+    return out.to(q.dtype), (lse if given["softmax_lse_flag"] else never_written)[..., None]
 
 
 def _by_index_lists(given: dict[str, Any]) -> Any:
@@ -155,7 +163,7 @@ _KINDS = {"Tensor": torch.Tensor, "List[int]": list, "str": str, "float": float,
 
 def assert_fits(operator: str, given: dict[str, Any]) -> None:
     """Arguments have names and types that the operator's schema declares, none that it needs is left out."""
-    declared = {argument.name: argument for argument in calls._operator(operator)._schema.arguments}
+    declared = {argument.name: argument for argument in operators._operator(operator)._schema.arguments}
     assert {name for name, argument in declared.items() if not argument.has_default_value()} <= {*given} <= {*declared}
     for name, value in given.items():
         kind = str(declared[name].type)
@@ -167,7 +175,7 @@ def assert_fits(operator: str, given: dict[str, Any]) -> None:
 def target(monkeypatch: Any, chip: Chip = A2, *only: Operator) -> Target:
     """The backend as on a chip, with nothing remembered, with some operators only if these are given."""
     monkeypatch.setattr(detection, "chip", lambda: chip)
-    monkeypatch.setattr(calls, "_lacking", {})
+    monkeypatch.setattr(operators, "_lacking", {})
     if only:
         monkeypatch.setattr(operators, "OPERATORS", only)
     return Target(OnCpu(), CPU)

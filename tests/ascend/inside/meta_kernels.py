@@ -1,6 +1,7 @@
 """Every call that the backend can make, through the wheel's own Meta kernels: fake tensors on ``npu``.
 
-A fake tensor has no data: whatever would read some back, or make a shape of it, fails here.
+A fake tensor has no data: whatever would read some back, or make a shape of it, fails here. Lengths of padded samples
+are read back by design, so they are numbers here.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import torch
 import torch_npu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rainfusion.backends.torch_npu import detection, operators
+from rainfusion.backends.torch_npu import detection, lowering, operators
 from rainfusion.backends.torch_npu.backend import TorchNpuBackend
-from rainfusion.backends.torch_npu.detection import CHIPS
+from rainfusion.backends.torch_npu.chips import CHIPS
 from rainfusion.core.backend import Device
 from rainfusion.core.lowering import lower
 from rainfusion.core.mask import BlockMask
@@ -37,6 +38,7 @@ def results(case, chip, monkeypatch, dtype="float16", returns=("%out", "%lse", "
     """Lower and call a case on fake tensors; nothing of it is known here but shapes and dtypes."""
     case = replace(case, problem=replace(case.problem, dtype=dtype))
     monkeypatch.setattr(detection, "chip", lambda: chip)
+    monkeypatch.setattr(lowering, "on_host", lambda lengths: (case.problem.kv_len,) * case.problem.batch)
     made = case.plan(returns=returns)
     p = made.problem
     with FakeTensorMode(allow_non_fake_inputs=True):  # constants have data

@@ -1,4 +1,4 @@
-"""Lowering to MindIE-SD's operators, defined here by their schemas: MindIE-SD is on no package index."""
+"""Lowering to MindIE-SD's operators, argument by argument, under the schemas in its extension library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulated import A2, ASCEND_950, CPU, MINDIESD_BEFORE, Emulated, assert_fits, by_name, cases, target
 
-from rainfusion.backends.torch_npu import calls as vendor_calls
+from rainfusion.backends.torch_npu import operators
 from rainfusion.backends.torch_npu.operators import Request, Tensors, kept_blocks, operator_for
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.mask import BlockMask
@@ -144,8 +144,8 @@ def test_group_sizes_of_the_lists_operator(monkeypatch):
 
 def test_an_older_operator_of_the_same_name_is_told_apart(monkeypatch):
     schema = torch._C.parse_schema(f"mindiesd::{MINDIESD_BEFORE}")
-    monkeypatch.setattr(vendor_calls, "_operator", lambda operator: type("Before", (), {"_schema": schema}))
-    said = vendor_calls.trouble(BLOCK_SPARSE, by_name(BLOCK_SPARSE).keywords)
+    monkeypatch.setattr(operators, "_operator", lambda operator: type("Before", (), {"_schema": schema}))
+    said = operators.trouble(BLOCK_SPARSE, by_name(BLOCK_SPARSE).keywords)
     assert said.startswith("the one installed has another form, without actual_seq_lengths, ")
     assert "block_sparse_mask" in said
 
@@ -153,15 +153,15 @@ def test_an_older_operator_of_the_same_name_is_told_apart(monkeypatch):
 def test_mindie_sd_that_fails_to_import_is_a_reason(monkeypatch, tmp_path):
     (tmp_path / "mindiesd.py").write_text("import os\nraise OSError('libPTAExtensionOPS.so: no such file')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    vendor_calls._mindiesd_trouble.cache_clear()
-    said = vendor_calls.trouble("mindiesd::no_such_operator", frozenset())
-    vendor_calls._mindiesd_trouble.cache_clear()
+    operators._mindiesd_trouble.cache_clear()
+    said = operators.trouble("mindiesd::no_such_operator", frozenset())
+    operators._mindiesd_trouble.cache_clear()
     assert said == "importing mindiesd failed: OSError: libPTAExtensionOPS.so: no such file"
     sys.modules.pop("mindiesd", None)
 
 
 def test_without_mindie_sd_it_is_not_looked_for_where_it_is_not_needed(monkeypatch):
-    monkeypatch.setattr(vendor_calls, "_mindiesd_trouble", lambda: pytest.fail("imported"))
+    monkeypatch.setattr(operators, "_mindiesd_trouble", lambda: pytest.fail("imported"))
     made = plan(AttentionProblem(1, 2, 300, 300, 64, "float16"), policy=TopK(0.5))
     target(monkeypatch)
     assert operator_for(Request.of(made.find(Attend), made, A2)).operator == BLOCK_SPARSE

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from emulated import A2, A3, ASCEND_950, CPU, Emulated, assert_fits, by_name, cases, target
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rainfusion.backends.reference import ReferenceBackend
-from rainfusion.backends.torch_npu import calls as vendor_calls
 from rainfusion.backends.torch_npu import detection, lowering, operators
-from rainfusion.backends.torch_npu.detection import CHIPS, chip_of
+from rainfusion.backends.torch_npu.chips import CHIPS, chip_of
 from rainfusion.backends.torch_npu.operators import Request, Tensors
 from rainfusion.core.errors import BackendUnavailableError, LoweringError, RainfusionWarning
 from rainfusion.core.layout import TokenLayout
@@ -221,8 +221,8 @@ def test_plans_that_return_only_the_mask_need_no_operator(monkeypatch):
 
 
 def without(*operators_gone):
-    """`calls._operator` as on a CANN that lacks some functions: they are registered, and fail when called."""
-    real = vendor_calls._operator
+    """`operators._operator` as on a CANN that lacks some functions: they are registered, and fail when called."""
+    real = operators._operator
 
     def lacking(operator):
         found = real(operator)
@@ -247,7 +247,7 @@ def test_a_missing_function_gives_way_to_the_next_operator_once_and_says_so(monk
     lowered = on.lower(case.plan(policy=Fixed()))
     tensors, mask = on.tensors(case), on.mask(case.mask())
     right = on.backend.to_host(lowered(*tensors, mask=mask))
-    monkeypatch.setattr(vendor_calls, "_operator", without(BLOCK_SPARSE))
+    monkeypatch.setattr(operators, "_operator", without(BLOCK_SPARSE))
     with pytest.warns(RainfusionWarning, match=f"{BLOCK_SPARSE}: the installed CANN lacks it .*using {FUSION} instead"):
         stepped = on.backend.to_host(lowered(*tensors, mask=mask))
     np.testing.assert_allclose(stepped, right, atol=0.02)
@@ -262,7 +262,7 @@ def test_the_last_operator_missing_is_an_error_with_every_reason(monkeypatch):
     (case,) = cases("video")
     on = target(monkeypatch)
     lowered, tensors = on.lower(case.plan()), on.tensors(case)
-    monkeypatch.setattr(vendor_calls, "_operator", without(BLOCK_SPARSE, FUSION))
+    monkeypatch.setattr(operators, "_operator", without(BLOCK_SPARSE, FUSION))
     with pytest.warns(RainfusionWarning), pytest.raises(LoweringError, match=r"lacks it.*not installed.*lacks it"):
         lowered(*tensors)
     assert len(on.backend.objections(case.plan(), CPU)) == 4  # chosen no more
@@ -273,7 +273,7 @@ def test_summaries_need_fusion_attention(monkeypatch):
     (case,) = cases("summary")
     on = target(monkeypatch)
     lowered, tensors = on.lower(case.plan()), on.tensors(case)
-    monkeypatch.setattr(vendor_calls, "_operator", without(FUSION))
+    monkeypatch.setattr(operators, "_operator", without(FUSION))
     with pytest.raises(BackendUnavailableError, match=f"{FUSION}: the installed CANN lacks it"):
         lowered(*tensors)
     (reason,) = on.backend.objections(case.plan(), CPU)
@@ -288,11 +288,11 @@ def test_other_errors_are_not_taken_for_a_missing_function(monkeypatch):
     def out_of_memory(**arguments):
         raise RuntimeError("NPU out of memory")
 
-    out_of_memory._schema = vendor_calls._operator(BLOCK_SPARSE)._schema
-    monkeypatch.setattr(vendor_calls, "_operator", lambda operator: out_of_memory)
+    out_of_memory._schema = operators._operator(BLOCK_SPARSE)._schema
+    monkeypatch.setattr(operators, "_operator", lambda operator: out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         lowered(*tensors)
-    assert vendor_calls._lacking == {}
+    assert operators._lacking == {}
 
 
 def test_chips_by_their_numbers():
@@ -340,6 +340,99 @@ def test_the_limit_of_the_dense_mask_is_in_bytes(monkeypatch):
     assert len(objections(monkeypatch, made)) == 4
 
 
+# -- dense rows by a dense operator ---------------------------------------------------------------------
+
+
+def split_plan(**how):
+    layout = TokenLayout((3, 16, 16), text=70, window=(1, 8, 16))
+    return plan(AttentionProblem(2, 4, 838, 838, 64, "float16", 2), layout, TopK(0.5), **how)
+
+
+@pytest.mark.parametrize("omitted", ["drop", "summary"])
+def test_dense_rows_by_the_dense_operator(monkeypatch, calls, omitted):
+    monkeypatch.setattr(lowering, "seconds_saved", lambda problem, rows: 1.0)
+    on, made = target(monkeypatch), split_plan(omitted=omitted, returns=("%out", "%lse"))
+    q, k, v = tensors(made)
+    split = on.lower(made)(q, k, v)
+    (first, sparse), (second, dense) = calls[:2]
+    assert (first, second) == (BLOCK_SPARSE, FUSION)
+    assert (sparse["query"].shape[2], dense["query"].shape[2]) == (512, 326)
+    assert sparse["block_sparse_mask"].shape == (2, 4, 4, 7)
+    assert (sparse["actual_seq_lengths"], sparse["actual_seq_lengths_kv"]) == ([512, 512], [838, 838])
+    assert dense["atten_mask"] is None
+    assert f"attend by {BLOCK_SPARSE}, the last 326 rows by {FUSION}, which is estimated" in str(on.lower(made))
+    monkeypatch.setattr(lowering, "seconds_saved", lambda problem, rows: 0.0)
+    whole = on.lower(made)(q, k, v)
+    for one, other in zip(split, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("lacking", [(FUSION,), (BLOCK_SPARSE,)], ids=str)
+def test_rows_are_not_split_where_an_operator_turns_out_to_be_missing(monkeypatch, lacking):
+    monkeypatch.setattr(lowering, "seconds_saved", lambda problem, rows: 1.0)
+    on, made = target(monkeypatch), split_plan()
+    lowered, qkv = on.lower(made), tensors(made)
+    right = lowered(*qkv)
+    monkeypatch.setattr(operators, "_operator", without(*lacking))
+    with pytest.warns(RainfusionWarning, match="lacks it"):
+        torch.testing.assert_close(lowered(*qkv), right, rtol=0, atol=2e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowered(*qkv)
+    assert "the last" not in str(lowered)
+
+
+def test_when_splitting_is_estimated_to_pay():
+    def saved(grid, dim=128, heads=40):
+        tokens = math.prod(grid)
+        problem = AttentionProblem(1, heads, tokens, tokens, dim, "bfloat16")
+        return lowering.seconds_saved(problem, grid[1] * grid[2])
+
+    assert saved((21, 45, 80)) == pytest.approx(2.7e-3, rel=0.01)  # a clip of 720p: 3600 rows over 75 600 keys
+    assert saved((3, 16, 16)) < 0
+
+
+def test_rows_that_may_not_be_dense_are_not_split(monkeypatch):
+    monkeypatch.setattr(lowering, "seconds_saved", lambda problem, rows: 1.0)
+    on = target(monkeypatch)
+    layout = TokenLayout((3, 16, 16), text=70, window=(1, 8, 16))
+    problem = AttentionProblem(2, 4, 838, 838, 64, "float16", 2)
+    for how in ({"policy": Fixed()}, {"policy": TopK(0.5), "kv_lengths": True}, {"policy": TopK(0.0)}):
+        assert "the last" not in str(on.lower(plan(problem, layout, **how)))
+
+
+# -- selection on the chip ----------------------------------------------------------------------------------
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what reads a number back to the host, and what has a shape that depends on data."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_nothing_waits_for_the_device(monkeypatch, case):
+    """From tokens to the output; lengths, which operators take as numbers, are on the host in these cases."""
+    on, made = target(monkeypatch), case.plan(returns=("%out", "%mask"))
+    lowered, qkv = on.lower(made), on.tensors(case)
+    given = case.operands(made)
+    if made.takes("%mask"):
+        given["mask"] = on.mask(case.mask())
+    with NoWaiting():
+        lowered(*qkv, **given)
+
+
+@pytest.mark.parametrize(
+    "waits", [lambda x: x.sum().item(), lambda x: bool(x.any()), torch.nonzero, lambda x: x[x > 0], torch.unique]
+)
+def test_what_waits_is_refused(waits):
+    with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
+        waits(torch.ones(3))
+
+
 # -- operands given at call time, rows without keys, programs of others ------------------------------
 
 LIMITS = {"%out": 2e-2, "%lse": 1e-4}
@@ -371,8 +464,9 @@ def video(*, policy, block=(64, 128), **how):
 
 @pytest.mark.parametrize("omitted", ["drop", "summary"])
 @pytest.mark.parametrize("policy", [TopK(0.3), TopK(0.0), Fixed()], ids=str)
-def test_tokens_beyond_a_samples_length_take_no_part(monkeypatch, calls, omitted, policy):
-    on = target(monkeypatch)
+@pytest.mark.parametrize("only", [(), (FUSION,)], ids=["block mask", "token mask"])
+def test_tokens_beyond_a_samples_length_take_no_part(monkeypatch, calls, omitted, policy, only):
+    on = target(monkeypatch, A2, *map(by_name, only))
     made = video(policy=policy, omitted=omitted, kv_lengths=True)
     q, k, v = tensors(made)
     lengths = torch.tensor([454, 391], dtype=torch.int32)
@@ -390,18 +484,47 @@ def test_tokens_beyond_a_samples_length_take_no_part(monkeypatch, calls, omitted
     out, lse = check_plan(on, made, q, k, v, kv_lengths=lengths, **operands)
     assert not out[1, :, order[391:]].any()
     assert (lse[1, :, order[391:]] == -math.inf).all()
-    assert {operator for operator, _ in calls} == {FUSION}
-    assert f"attend by {FUSION}" in str(on.lower(made))
+    first = FUSION if only else BLOCK_SPARSE
+    assert {operator for operator, _ in calls} == {first} | (
+        {FUSION} if omitted == "summary" and policy != TopK(0.0) else set()
+    )
+    assert f"attend by {first}" in str(on.lower(made))
 
 
-def test_lengths_are_for_fusion_attention_while_its_mask_is_small(monkeypatch):
-    made = some_plan(length=75_600, heads=40, kv_heads=40, batch=1, kv_lengths=True)
-    assert objections(monkeypatch, made) == [
-        f"{BLOCK_SPARSE}: no lengths that only the device knows",
-        "mindiesd::block_sparse_attention: no lengths that only the device knows",
-        "mindiesd::rainfusionattention: no lengths that only the device knows",
-        f"{FUSION}: its mask, token by token, would take 212.9 GiB (at most 2 GiB)",
-    ]
+def test_what_block_sparse_attention_is_given_for_padded_samples(monkeypatch, calls):
+    on = target(monkeypatch)
+    made = plan(AttentionProblem(3, 2, 300, 300, 64, "float16"), TokenLayout(block=128), Fixed(), kv_lengths=True)
+    q, k, v = tensors(made)
+    blocks = torch.ones((3, 2, 3, 3), dtype=torch.bool)
+    blocks[1, 0, 0] = torch.tensor([False, True, False])  # beyond what that sample has
+    lengths = torch.tensor([0, 90, 999], dtype=torch.int32)
+    on.lower(made)(q, k, v, mask=BlockMask(blocks, 300, 300, (128, 128)), kv_lengths=lengths)
+    ((operator, given),) = calls
+    assert operator == BLOCK_SPARSE
+    assert given["actual_seq_lengths"] == given["actual_seq_lengths_kv"] == [1, 90, 300]
+    assert given["block_sparse_mask"][:, 0].tolist() == [[[1, 0, 0]] * 3, [[1, 0, 0]] * 3, [[1, 1, 1]] * 3]
+
+
+@pytest.mark.parametrize(
+    "given", [np.array([40, 300]), [40, 300], torch.tensor([40, 300], dtype=torch.int32)], ids=type
+)
+def test_lengths_are_read_back_only_where_they_are_on_the_device(monkeypatch, given):
+    on = target(monkeypatch)
+    made = plan(AttentionProblem(2, 2, 300, 300, 64, "float16"), TokenLayout(block=128), kv_lengths=True)
+    lowered, qkv = on.lower(made), tensors(made)
+    read = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: read.append(tuple(x.shape)) or cpu(x))
+    lowered(*qkv, kv_lengths=given)
+    assert read.count((2,)) == isinstance(given, torch.Tensor)
+
+
+def test_padded_samples_of_any_size_have_an_operator(monkeypatch):
+    """Dense ones too: all blocks are in the mask, and the lengths say the rest."""
+    for policy in (TopK(0.5), TopK(0.0)):
+        problem = AttentionProblem(1, 40, 75_600, 75_600, 128, "bfloat16")
+        made = plan(problem, TokenLayout(block=128), policy, kv_lengths=True)
+        assert objections(monkeypatch, made) == []
 
 
 @pytest.mark.parametrize("operator", [BLOCK_SPARSE, FUSION])

@@ -1,10 +1,11 @@
-/* The two attention operators of CANN's libopapi that rainfusion lowers to, and the copy that torch_npu makes of a
- * tensor on the device: plain loops on host memory.
+/* The attention operators of CANN's libopapi that rainfusion lowers to, and the copy that torch_npu makes of a tensor
+ * on the device: plain loops on host memory.
  *
- * What they accept is what CANN's documentation of aclnnBlockSparseAttention and aclnnFlashAttentionScore accepts;
- * every refusal names its reason on stderr. What documentation leaves open is taken the hard way: skipped blocks
- * are not read, masked tokens are (their weight is 0, and 0 times NaN is NaN), and a row that is masked out
- * altogether gives the mean of all values.
+ * What they accept is what CANN's documentation of aclnnBlockSparseAttention, aclnnRainFusionAttention and
+ * aclnnFlashAttentionScore accepts; every refusal names its reason on stderr. What documentation leaves open is taken
+ * the hard way: skipped blocks are not read, nor keys beyond a sample's length; rows beyond it, and rows without a
+ * block, are not written; masked tokens are read (their weight is 0, and 0 times NaN is NaN), and a row that is masked
+ * out altogether gives the mean of all values.
  */
 #include <float.h>
 #include <math.h>
@@ -125,10 +126,11 @@ static void store(const Tensor *x, int64_t at, float value)
     }
 }
 
-static float *loaded(const Tensor *x, int64_t start, int64_t count)
+static float *loaded(const Tensor *x, int64_t start, int64_t count, int64_t step, int64_t dim)
 {
-    float *values = malloc(count * sizeof *values);
-    for (int64_t i = 0; i < count; i++) values[i] = load(x, start + i);
+    float *values = malloc(count * dim * sizeof *values);
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t d = 0; d < dim; d++) values[i * dim + d] = load(x, start + i * step + d);
     return values;
 }
 
@@ -169,10 +171,17 @@ int aclnnInplaceCopy(void *workspace, uint64_t size, Copy *executor, void *strea
 
 /* -- attention ---------------------------------------------------------------------------------------------------------- */
 
-/* A call between its two phases. Tensors are copied: torch_npu destroys its own. */
+/* How far apart samples, heads and tokens are in memory, in numbers. */
 typedef struct {
-    Tensor q, k, v, out, block_mask, token_mask, bias, lse, maximum, total;
+    int64_t batch, head, token;
+} Steps;
+
+/* A call between its two phases. Tensors and lengths are copied: torch_npu destroys its own. */
+typedef struct {
+    Tensor q, k, v, out, block_mask, token_mask, bias, lse, maximum, total, select, select_count;
+    Steps q_steps, kv_steps;
     int64_t batch, heads, kv_heads, rows, keys, dim, block_rows, block_keys;
+    int64_t *row_lengths, *key_lengths; /* of every sample; NULL for all */
     double scale;
     int writes_lse;
 } Call;
@@ -206,8 +215,9 @@ static void key_states(const Call *call, int64_t head, int64_t row, char *state)
 {
     const Tensor *blocks = &call->block_mask, *tokens = &call->token_mask;
     int64_t masked_head = tokens->size[1] == 1 ? head / call->heads : head; /* of all samples' heads, as head is */
+    int64_t length = call->key_lengths ? call->key_lengths[head / call->heads] : call->keys;
     for (int64_t j = 0; j < call->keys; j++) {
-        state[j] = READ;
+        state[j] = j < length ? READ : NOT_READ;
         if (blocks->data) {
             int64_t block = (head * blocks->size[2] + row / call->block_rows) * blocks->size[3] + j / call->block_keys;
             if (!blocks->data[block]) state[j] = NOT_READ;
@@ -222,16 +232,23 @@ static void attend(const Call *call)
     char *state = malloc(keys);
     float *score = malloc(keys * sizeof *score), *out = malloc(dim * sizeof *out);
     for (int64_t head = 0; head < call->batch * call->heads; head++) {
-        int64_t kv_head = head / call->heads * call->kv_heads + head % call->heads / group;
-        float *k = loaded(&call->k, kv_head * keys * dim, keys * dim);
-        float *v = loaded(&call->v, kv_head * keys * dim, keys * dim);
-        float *bias = call->bias.data ? loaded(&call->bias, head * keys, keys) : NULL;
-        for (int64_t row = 0; row < call->rows; row++) {
+        int64_t sample = head / call->heads, number = head % call->heads;
+        int64_t kv_start = sample * call->kv_steps.batch + number / group * call->kv_steps.head;
+        float *k = loaded(&call->k, kv_start, keys, call->kv_steps.token, dim);
+        float *v = loaded(&call->v, kv_start, keys, call->kv_steps.token, dim);
+        float *bias = call->bias.data ? loaded(&call->bias, head * keys, keys, 1, 1) : NULL;
+        int64_t rows = call->row_lengths ? call->row_lengths[sample] : call->rows;
+        for (int64_t row = 0; row < rows; row++) {
             int64_t at = head * call->rows + row;
-            float *q = loaded(&call->q, at * dim, dim), maximum, total;
+            int64_t start = sample * call->q_steps.batch + number * call->q_steps.head + row * call->q_steps.token;
+            float *q = loaded(&call->q, start, 1, dim, dim), maximum, total;
             key_states(call, head, row, state);
             attend_row(call, q, k, v, state, bias, score, out, &maximum, &total);
-            for (int64_t d = 0; d < dim; d++) store(&call->out, at * dim + d, out[d]);
+            if (!total) { /* no block of this row is computed */
+                free(q);
+                continue;
+            }
+            for (int64_t d = 0; d < dim; d++) store(&call->out, start + d, out[d]);
             if (call->writes_lse) store(&call->lse, at, maximum + logf(total));
             for (int64_t copy = 0; call->maximum.data && copy < 8; copy++) {
                 store(&call->maximum, at * 8 + copy, maximum);
@@ -257,13 +274,15 @@ static int begin(Call **made, Tensor *q, Tensor *k, Tensor *v, Tensor *out, cons
     call->q = *q, call->k = *k, call->v = *v, call->out = *out;
     call->batch = b, call->heads = q->size[1], call->kv_heads = k->size[1];
     call->rows = q->size[2], call->keys = s, call->dim = d, call->scale = scale;
+    call->q_steps = (Steps){call->heads * call->rows * d, call->rows * d, d};
+    call->kv_steps = (Steps){call->kv_heads * s * d, s * d, d};
     return OK;
 }
 
 static int finish(Call *call)
 {
     attend(call);
-    free(call);
+    free(call->row_lengths), free(call->key_lengths), free(call);
     return OK;
 }
 
@@ -281,8 +300,14 @@ static int lengths_fit(const IntArray *lengths, int64_t batch, int64_t length)
 {
     if (lengths->length != (uint64_t)batch) return 0;
     for (int64_t b = 0; b < batch; b++)
-        if (lengths->value[b] != length) return 0;
+        if (lengths->value[b] < 1 || lengths->value[b] > length) return 0;
     return 1;
+}
+
+static int64_t *copied(const IntArray *lengths)
+{
+    if (!lengths) return NULL;
+    return memcpy(malloc(lengths->length * sizeof(int64_t)), lengths->value, lengths->length * sizeof(int64_t));
 }
 
 int aclnnBlockSparseAttentionGetWorkspaceSize(
@@ -313,6 +338,7 @@ int aclnnBlockSparseAttentionGetWorkspaceSize(
     REFUSE_IF(q_lengths && !lengths_fit(q_lengths, call->batch, call->rows), "query lengths");
     REFUSE_IF(kv_lengths && !lengths_fit(kv_lengths, call->batch, call->keys), "key lengths");
     call->block_mask = *mask, call->block_rows = block->value[0], call->block_keys = block->value[1];
+    call->row_lengths = copied(q_lengths), call->key_lengths = copied(kv_lengths);
     call->writes_lse = (int)lse_flag;
     if (lse_flag) call->lse = *lse;
     *workspace = 0;
@@ -323,6 +349,95 @@ int aclnnBlockSparseAttention(void *workspace, uint64_t size, Call *executor, vo
 {
     (void)workspace, (void)size, (void)stream;
     return finish(executor);
+}
+
+#endif
+
+/* -- aclnnRainFusionAttention ---------------------------------------------------------------------------------------------- */
+
+#ifndef WITHOUT_RAIN_FUSION_ATTENTION
+
+/* All samples of one length, which is all that is here. */
+static int samples_of(const IntArray *lengths, int64_t tokens)
+{
+    if (!lengths || !lengths->length || tokens % (int64_t)lengths->length) return 0;
+    for (uint64_t b = 0; b < lengths->length; b++)
+        if (lengths->value[b] != tokens / (int64_t)lengths->length) return 0;
+    return (int)lengths->length;
+}
+
+int aclnnRainFusionAttentionGetWorkspaceSize(
+    Tensor *q, Tensor *k, Tensor *v, Tensor *select, Tensor *select_count, IntArray *block, Tensor *token_mask,
+    IntArray *q_lengths, IntArray *kv_lengths, Tensor *block_table, char *q_layout, char *kv_layout, int64_t kv_heads,
+    int64_t mask_type, double scale, int64_t precise, int64_t page, Tensor *out, Tensor *lse, uint64_t *workspace,
+    Call **executor)
+{
+    (void)lse; /* not supported: never written */
+    const char *soc = getenv("STAND_IN_SOC");
+    REFUSE_IF(soc && strstr(soc, "950"), "chip %s", soc);
+    REFUSE_IF(token_mask || block_table || mask_type || page, "a reserved argument");
+    REFUSE_IF(strcmp(q_layout, "TND") || strcmp(kv_layout, "TND"), "layouts %s and %s (only TND is here)", q_layout,
+              kv_layout);
+    REFUSE_IF(q->axes != 3 || k->axes != 3 || v->axes != 3, "axes");
+    REFUSE_IF(q->dtype != FLOAT16 && q->dtype != BFLOAT16, "dtype %d", q->dtype);
+    REFUSE_IF(k->dtype != q->dtype || v->dtype != q->dtype || out->dtype != q->dtype, "mixed dtypes");
+    REFUSE_IF(precise != 0 && (precise != 1 || q->dtype != FLOAT16), "inner_precise %ld", (long)precise);
+    REFUSE_IF(block->length < 2 || block->value[0] < 1 || block->value[1] < 1, "block shape");
+    int64_t heads = q->size[1], group = heads / k->size[1];
+    REFUSE_IF(kv_heads != k->size[1] || heads % kv_heads || group >= 128 || 128 % group, "%ld heads over %ld",
+              (long)heads, (long)kv_heads);
+    int batch = samples_of(q_lengths, q->size[0]);
+    REFUSE_IF(!batch || samples_of(kv_lengths, k->size[0]) != batch, "lengths");
+    Call call = {.q = *q, .k = *k, .v = *v, .out = *out, .select = *select, .select_count = *select_count};
+    call.batch = batch, call.heads = heads, call.kv_heads = kv_heads, call.dim = q->size[2], call.scale = scale;
+    call.rows = q->size[0] / batch, call.keys = k->size[0] / batch;
+    call.block_rows = block->value[0], call.block_keys = block->value[1];
+    call.q_steps = (Steps){call.rows * heads * call.dim, call.dim, heads * call.dim};
+    call.kv_steps = (Steps){call.keys * kv_heads * call.dim, call.dim, kv_heads * call.dim};
+    int64_t rows = (call.rows + call.block_rows - 1) / call.block_rows;
+    int64_t columns = (call.keys + call.block_keys - 1) / call.block_keys;
+    REFUSE_IF(select->dtype != INT64 || select_count->dtype != INT64, "lists that are not int64");
+    REFUSE_IF(select->axes != 3 || select->size[0] != batch * rows || select->size[1] != heads ||
+              select->size[2] != columns || !is_contiguous(select), "shape of the lists");
+    REFUSE_IF(select_count->axes != 2 || select_count->size[0] != batch * rows || select_count->size[1] != heads ||
+              !is_contiguous(select_count), "shape of the counts");
+    REFUSE_IF(!is_contiguous(q) || !is_contiguous(k) || !is_contiguous(v), "query, key or value is not contiguous");
+    *executor = malloc(sizeof call);
+    **executor = call;
+    *workspace = 0;
+    return OK;
+}
+
+/* The blocks of the lists as a mask: numbers ascend, and -1 follows the last. */
+static int listed(const Call *call, char *mask)
+{
+    int64_t columns = call->select.size[2], rows = call->select.size[0] / call->batch;
+    const int64_t *numbers = (int64_t *)call->select.data, *counts = (int64_t *)call->select_count.data;
+    for (int64_t row = 0; row < call->select.size[0]; row++) {
+        for (int64_t head = 0; head < call->heads; head++) {
+            const int64_t *list = numbers + (row * call->heads + head) * columns;
+            char *kept = mask + ((row / rows * call->heads + head) * rows + row % rows) * columns;
+            for (int64_t i = 0; i < columns; i++) {
+                int is_listed = i < counts[row * call->heads + head];
+                REFUSE_IF(is_listed ? list[i] < 0 || list[i] >= columns || (i && list[i] <= list[i - 1]) : list[i] != -1,
+                          "a list with %ld at %ld", (long)list[i], (long)i);
+                if (is_listed) kept[list[i]] = 1;
+            }
+        }
+    }
+    return OK;
+}
+
+int aclnnRainFusionAttention(void *workspace, uint64_t size, Call *executor, void *stream)
+{
+    (void)workspace, (void)size, (void)stream;
+    int64_t columns = executor->select.size[2], rows = executor->select.size[0] / executor->batch;
+    char *mask = calloc(executor->batch * executor->heads * rows, columns);
+    int status = listed(executor, mask);
+    executor->block_mask = (Tensor){{executor->batch, executor->heads, rows, columns}, {0}, 4, INT8, mask};
+    if (status == OK) finish(executor);
+    free(mask);
+    return status;
 }
 
 #endif

@@ -22,7 +22,7 @@ OPERATORS = (
     *("eq.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "eq.Scalar", "ne.Scalar", "lt.Scalar", "gt.Scalar"),
     *("ge.Tensor", "ge.Scalar", "minimum", "rsub.Scalar"),
     *("bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_not"),
-    *("zeros", "zeros_like", "ones_like", "full_like", "scalar_tensor", "arange.start_step"),
+    *("zeros", "ones", "zeros_like", "ones_like", "full_like", "scalar_tensor", "arange.start_step"),
 )
 
 
