@@ -74,7 +74,7 @@ def test_mindiesds_own_library_on_the_stand_in_device(chip: str, cann: Path, min
     passed(npu.run(npu.PYTHON, *arguments, **npu.environ(cann, mindiesd=True, **names)))
 
 
-@pytest.mark.parametrize("module", ["meta_kernels", "no_round_trip"])
+@pytest.mark.parametrize("module", ["meta_kernels", "no_round_trip", "dense_rows"])
 def test_on_the_stand_in_device(module: str, cann: Path) -> None:
     arguments = npu.pytest_arguments("-p", "stand_in_device", str(INSIDE / f"{module}.py"))
     passed(npu.run(npu.PYTHON, *arguments, **npu.environ(cann)))
