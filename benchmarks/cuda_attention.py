@@ -36,7 +36,9 @@ from rainfusion.backends.triton import hardware
 from rainfusion.backends.triton.attend_blocks import attend_blocks
 from rainfusion.backends.triton.lowering import Lowered
 from rainfusion.backends.triton.operands import Attention
+from rainfusion.backends.triton.select_blocks import Extras, list_blocks
 from rainfusion.backends.triton.tuning import AttendConfig, attend_configs
+from rainfusion.core.axis import BlockedAxis
 from rainfusion.core.errors import RainfusionWarning
 from rainfusion.core.executable import Values
 from rainfusion.integrations.flex_attention import to_flex
@@ -138,26 +140,15 @@ def _baseline(measured: dict[str, float], *first: str) -> str:
 
 
 OURS, PLAIN = "rainfusion", "rainfusion, plain kernel"
+PRECISIONS = {"int8": "rainfusion, int8", "fp8": "rainfusion, fp8"}
 
 
 def attend_kernels(q: Tensor, k: Tensor, v: Tensor, mask: rainfusion.BlockMask) -> Kernels:
     problem = rainfusion.AttentionProblem.from_tensors(q, k, v)
-    executable = rainfusion.lower(
-        rainfusion.plan(problem, policy=rainfusion.Fixed()), device="cuda:0", backend="triton"
-    )
-    lowered = _lowered(executable)
-    values = {"%q": q, "%k": k, "%v": v, "%mask": mask.blocks}
-    blocks = lowered.fold(values)
-    lists = lowered.list(values, blocks)
-    assert lists is not None
-    out = torch.empty_like(q)
-    config, precision = _settings(q)
-    tiles = torch.arange(lists.counts.numel(), dtype=torch.int32, device="cuda")
-    given = Attention(q, k, v, q.shape[2], k.shape[2], (BLOCK, BLOCK), lists, tiles, problem.scale)
-    kernels: Kernels = {
-        OURS: lambda: lowered.attend(values, blocks, lists),
-        PLAIN: lambda: attend_blocks(given, out, None, config, precision),
-    }
+    kernels: Kernels = {OURS: _attending(problem, q, k, v, mask)}
+    for precision, name in PRECISIONS.items() if _has_8_bits(q) else ():
+        kernels[name] = _attending(problem, q, k, v, mask, precision)
+    kernels[PLAIN] = _plain(problem, q, k, v, mask)
     flash_4 = _flash_4(q, k, v, mask)
     if flash_4 is not None:
         kernels[FLASH_4] = flash_4
@@ -166,6 +157,39 @@ def attend_kernels(q: Tensor, k: Tensor, v: Tensor, mask: rainfusion.BlockMask) 
     kernels[FLASH] = dense(q, k, v, SDPBackend.FLASH_ATTENTION)
     kernels[DENSE] = lambda: scaled_dot_product_attention(q, k, v)
     return kernels
+
+
+def _attending(
+    problem: rainfusion.AttentionProblem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: rainfusion.BlockMask,
+    precision: str | None = None,
+) -> Callable[[], Any]:
+    """Attention alone, over tokens that are folded and lists that are made."""
+    plan = rainfusion.plan(problem, policy=rainfusion.Fixed(), precision=precision)
+    lowered = _lowered(rainfusion.lower(plan, device="cuda:0", backend="triton"))
+    values = {"%q": q, "%k": k, "%v": v, "%mask": mask.blocks}
+    blocks = lowered.fold(values)
+    lists = lowered.list(values, blocks)
+    assert lists is not None
+    return lambda: lowered.attend(values, blocks, lists)
+
+
+def _plain(
+    problem: rainfusion.AttentionProblem, q: Tensor, k: Tensor, v: Tensor, mask: rainfusion.BlockMask
+) -> Callable[[], Any]:
+    axis = BlockedAxis(k.shape[2], BLOCK, False, k.shape[2])
+    lists, out = list_blocks(mask.blocks, None, axis, Extras()), torch.empty_like(q)
+    config, precision = _settings(q)
+    tiles = torch.arange(lists.counts.numel(), dtype=torch.int32, device="cuda")
+    given = Attention(q, k, v, q.shape[2], k.shape[2], (BLOCK, BLOCK), lists, tiles, problem.scale)
+    return lambda: attend_blocks(given, out, None, config, precision)
+
+
+def _has_8_bits(q: Tensor) -> bool:
+    return hardware.architecture(q.device) == "sm_90" and q.shape[3] in (64, 128)
 
 
 def _settings(q: Tensor) -> tuple[AttendConfig, str]:
@@ -227,7 +251,7 @@ def stages(args: argparse.Namespace, ratios: list[dict[str, Any]]) -> list[dict[
         restore = times["attend, to the caller's tokens"] - times["attend, order given"]
         print(f"  mask chain, order and restoring: {times['mask chain and order'] + max(restore, 0):.3f} ms")
         table.append({"heads": heads, "grid": grid, "ms": times})
-        for name in ("whole call, 80 % skipped", "whole call, 90 % skipped"):
+        for name in (name for name in times if name.startswith("whole call")):
             problem = f"{heads} heads of {args.head_dim}, {q.shape[2]} tokens, {name}"
             ratio = round(times[baseline] / times[name], 3)
             ratios.append({"problem": problem, "dtype": args.dtype, "baseline": baseline, "ratio": ratio})
@@ -247,17 +271,29 @@ def _stage_kernels(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int]) 
     assert lists is not None
     assert lists_given is not None
 
-    def call(sparsity: float, omitted: str = "drop") -> Any:
-        return rainfusion.attention(q, k, v, grid=grid, sparsity=sparsity, omitted=omitted, backend="triton")
+    def call(sparsity: float, omitted: str = "drop", precision: str | None = None) -> Callable[[], Any]:
+        return lambda: rainfusion.attention(
+            q, k, v, grid=grid, sparsity=sparsity, omitted=omitted, precision=precision, backend="triton"
+        )
 
+    in_8_bits: Kernels = {}
+    if _has_8_bits(q):
+        plan = rainfusion.plan(problem, layout, policy, precision="int8")
+        rounded = _lowered(rainfusion.lower(plan, device="cuda:0", backend="triton"))
+        in_8_bits["mask chain and order, int8"] = lambda: rounded.list(values, rounded.fold(values))
+        for precision in PRECISIONS:
+            in_8_bits[f"whole call, 80 % skipped, {precision}"] = call(0.8, precision=precision)
+            in_8_bits[f"whole call, 90 % skipped, {precision}"] = call(0.9, precision=precision)
+        in_8_bits["whole call, 80 %, summaries, int8"] = call(0.8, "summary", "int8")
     return {
+        **in_8_bits,
         "mask chain and order": lambda: window.list(values, window.fold(values)),
         "mask chain, order given": lambda: given.list(values, given.fold(values)),
         "attend, to the caller's tokens": lambda: window.attend(values, blocks, lists),
         "attend, order given": lambda: given.attend(values, blocks_given, lists_given),
-        "whole call, 80 % skipped": lambda: call(0.8),
-        "whole call, 80 %, summaries": lambda: call(0.8, "summary"),
-        "whole call, 90 % skipped": lambda: call(0.9),
+        "whole call, 80 % skipped": call(0.8),
+        "whole call, 80 %, summaries": call(0.8, "summary"),
+        "whole call, 90 % skipped": call(0.9),
         CUDNN: dense(q, k, v, SDPBackend.CUDNN_ATTENTION),
         DENSE: lambda: scaled_dot_product_attention(q, k, v),
     }

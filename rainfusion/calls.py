@@ -34,6 +34,8 @@ class Settings(NamedTuple):
     order: str = "window"
     tensor_layout: str = "bhsd"
     scale: float | None = None
+    precision: str | None = None
+    rotate: bool = False
 
     def layout(self) -> TokenLayout:
         """The token layout that the settings describe."""
@@ -132,4 +134,6 @@ def _planned(
         returns=returns,
         quotas=arguments["quotas"] is not None,
         kv_lengths=arguments["kv_lengths"] is not None,
+        precision=settings.precision,
+        rotate=settings.rotate,
     )

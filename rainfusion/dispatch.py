@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from rainfusion.core import choice as choosing
 from rainfusion.core import faults, lowering
-from rainfusion.core.backend import Backend, BackendSpec, Device
+from rainfusion.core.backend import ORACLE, Backend, BackendSpec, Device
 from rainfusion.core.blame import is_foreign
 from rainfusion.core.checks import as_flag, shown
 from rainfusion.core.choice import Candidate, Choice, Refusal
@@ -25,8 +25,9 @@ from rainfusion.core.errors import (
     SpeedWarning,
     warn_caller,
 )
-from rainfusion.core.executable import Executable
+from rainfusion.core.executable import DEFINITION, Executable
 from rainfusion.core.locks import ProcessLock
+from rainfusion.core.ops import AttendQuantised
 from rainfusion.core.plan import Plan
 from rainfusion.plugins.manager import host
 
@@ -184,6 +185,14 @@ def prepare(plan: Plan, notes: tuple[str, ...], *, like: Array, backend: str | N
                 SpeedWarning,
             )
         )
+    if is_emulated(lowered) and candidate.preference != ORACLE:
+        warnings.append(
+            (
+                f"{candidate} has no kernels of 8 bits for this plan: attention runs by its definition, which rounds "
+                "as they would and takes longer than without a precision. Leave precision out where time matters",
+                SpeedWarning,
+            )
+        )
     if choice.late:
         who = ", ".join(f"{refusal.backend} ({refusal.reason})" for refusal in choice.late)
         warnings.append(
@@ -194,6 +203,12 @@ def prepare(plan: Plan, notes: tuple[str, ...], *, like: Array, backend: str | N
             )
         )
     return Prepared(lowered, tuple(warnings), not choice.late)
+
+
+def is_emulated(executable: Executable) -> bool:
+    """Whether attention in 8 bits runs by its definition."""
+    by_definition = [op for step in executable.steps if step.by == DEFINITION for op in step.segment.ops]
+    return any(isinstance(op, AttendQuantised) for op in by_definition)
 
 
 def choose(plan: Plan, *, like: Array = None, device: object = None, backend: str | None = None) -> Choice:

@@ -42,6 +42,8 @@ def attention(
     order: str = "window",
     tensor_layout: str = "bhsd",
     scale: float | None = None,
+    precision: str | None = None,
+    rotate: bool = False,
     mask: BlockMask | None = None,
     quotas: Array = None,
     kv_lengths: Array = None,
@@ -67,6 +69,10 @@ def attention(
         order: ``"window"``, or ``"given"`` where tokens already stand in block order (`TokenLayout.to_blocks`).
         tensor_layout: ``"bhsd"`` or ``"bshd"``.
         scale: factor on the logits; default ``head_dim ** -0.5``.
+        precision: ``"int8"`` (INT8 queries and keys, FP8 values and softmax weights) or ``"fp8"`` (all FP8); None
+            attends in the tensors' own dtype. A backend without such kernels computes the same rounding, no faster.
+        rotate: with a precision, a Hadamard transform of queries and keys before they are rounded: for channels far
+            larger than the others. head_dim must be a power of two.
         mask: a `BlockMask` to use instead of selecting one; excludes `sparsity` and `policy`. Its blocks are in
             the order of grid, text, window and sink: give those it was made with.
         quotas: unprotected key blocks that every unprotected query block keeps, int ``[heads or 1, rows]``
@@ -87,7 +93,7 @@ def attention(
 
     Warns:
         SparsityWarning: the sparsity cannot be reached, or protection takes most of what is kept.
-        SpeedWarning: where dense attention is estimated to be faster.
+        SpeedWarning: where dense attention is estimated to be faster, or a precision is computed by its definition.
 
     NaN: a block whose score is NaN is selected last; NaN inside attended tokens spreads as in dense
     attention.
@@ -106,6 +112,8 @@ def attention(
         order,
         tensor_layout,
         scale,
+        precision,
+        rotate,
     )
     returns = _returned(return_lse, return_mask)
     arguments = {"q": q, "k": k, "v": v, "mask": mask, "quotas": quotas, "kv_lengths": kv_lengths}

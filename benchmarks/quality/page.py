@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+from generated import filled
 from scipy.stats import ttest_rel
 
 from quality import pictures
@@ -41,18 +42,6 @@ def main() -> None:
         pictures.frames(np.load(args.frames), IMAGES / "quality_frames.png")
 
 
-def filled(text: str, tables: dict[str, str]) -> str:
-    """The page with its tables in place of those that it has."""
-    for name, table in tables.items():
-        block = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(
-            block, lambda found, table=table: found[1] + table + "\n" + found[2], text, flags=re.DOTALL
-        )
-        if count != 1:
-            raise ValueError(f"{PAGE.name} has {count} places for the table {name!r}; it needs one")
-    return text
-
-
 def tables(record: Row, speed: Row) -> dict[str, str]:
     """Every table of the page, as Markdown, by name."""
     runs = record["runs"]
@@ -63,6 +52,7 @@ def tables(record: Row, speed: Row) -> dict[str, str]:
         "masses": _masses(runs),
         "schedule": _schedule(runs),
         "reuse": _reuse(runs),
+        "combined": _combined(runs),
     }
 
 
@@ -189,6 +179,33 @@ def _reuse(runs: list[Row]) -> str:
         said = ", ".join(f"`{name}={value}`" for name, value in re.findall(r"(\w+) ([\d.]+)", row["note"]))
         lines.append(f"| {said} | {row['reused']:.0%} | {_mean(row)} | {_against(row, rows[0])} |")
     return "\n".join(lines)
+
+
+def _combined(runs: list[Row]) -> str:
+    anchor = _find(runs, "published", 0.8)
+    budgets = [row for row in runs if row["rule"] == "sink none, summaries" and row["note"] == "budgets a head"]
+    rows = [row for row in budgets if row["asked"] >= 0.8]
+    rows += [row for row in runs if row["group"] == "combined"]
+    lines = [
+        "| window, block | skipped | relative L1 | median, worst | against published at 80 % | PSNR, dB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        error = np.array(row["relative_l1"])
+        lines.append(
+            f"| {_COMBINED.get(row['rule'], row['rule'])} | {1 - row['density']:.0%} | {_mean(row)} "
+            f"| {np.median(error):.3f}, {error.max():.3f} | {_against(row, anchor)} | {np.mean(row['psnr']):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+_COMBINED = {
+    "sink none, summaries": "2x8x8, 128",
+    "{'window': (4, 4, 8)}": "4x4x8, 128",
+    "{'window': (8, 4, 4)}": "8x4x4, 128",
+    "{'block': 64}": "2x4x8, 64",
+    "{'window': (4, 4, 4), 'block': 64}": "4x4x4, 64",
+}
 
 
 # -- cells ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ _COUNTING = "realised"
 
 @dataclass(frozen=True)
 class Selection:
-    """How tokens are put into blocks and which blocks are kept, as `plan` and `run` take it from the command line."""
+    """Blocks, what is kept of them and in how many bits, as `plan` and `run` take it from the command line."""
 
     text: Annotated[int, typer.Option(help="Text tokens in the same sequence.")] = 0
     text_position: Annotated[str, typer.Option(help="Where the text stands: 'start' or 'end'.")] = "end"
@@ -48,6 +48,10 @@ class Selection:
         typer.Option(metavar="TxHxW", help="Tokens folded into blocks.  \\[default: the most compact that fills one]"),
     ] = None
     sink: Annotated[str, typer.Option(metavar="SINK", help=f"Protected frames: {_SINKS}.")] = "first_frame"
+    precision: Annotated[str | None, typer.Option(help="Attend in 8 bits: 'int8' or 'fp8'.")] = None
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="With --precision: rotate channels before they are rounded.")
+    ] = False
 
     def layout(self, grid: str) -> TokenLayout:
         """The layout of one grid, ``FRAMESxHEIGHTxWIDTH``, and the text."""

@@ -30,6 +30,10 @@ def parity(
         str, typer.Option(metavar="PATTERN", help="Names to run, such as '*bf16', 'video*' or 'clip*'.")
     ] = "*",
     seed: Annotated[int | None, typer.Option(min=0, help="Of the inputs.  \\[default: that of each case]")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Run cases of finite numbers in 8 bits: 'int8' or 'fp8'.  \\[default: as each says]"),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write what --backend did to a file, for --compare.")
     ] = None,
@@ -61,6 +65,7 @@ def parity(
 
     if compare is not None:
         given = {"--backend": backend, "--device": device, "--seed": seed, "--report": report}
+        given["--precision"] = precision
         for option in (name for name, value in given.items() if value is not None):
             raise typer.BadParameter(f"{option} is about running cases; --compare runs none", param_hint=option)
         pair = [read_report(path).only(lambda name: fnmatchcase(name, cases)) for path in compare]
@@ -68,7 +73,7 @@ def parity(
         raise typer.BadParameter("name a backend, or give two reports to --compare", param_hint="--backend")
     else:
         targets = find_target(backend, device), find_target(against, against_device)
-        pair = _run(targets, _chosen(cases, seed))
+        pair = _run(targets, _chosen(cases, seed, precision))
         if report is not None:
             _write(report, pair[0])
     first, second = pair
@@ -101,10 +106,12 @@ def _run(targets: tuple[Target, Target], chosen: Sequence[Case]) -> list[Report]
     return [Report(target.described(), environment(), into) for target, into in zip(targets, results, strict=True)]
 
 
-def _chosen(pattern: str, seed: int | None) -> list[Case]:
-    from rainfusion.testing.cases import every_case
+def _chosen(pattern: str, seed: int | None, precision: str | None) -> list[Case]:
+    from rainfusion.testing.cases import every_case, in_precision
 
     every = every_case()
+    if precision is not None:
+        every = in_precision(every, precision)
     chosen = [case for case in every if fnmatchcase(case.name, pattern)]
     if not chosen:
         some = ", ".join(case.name for case in every[:3])

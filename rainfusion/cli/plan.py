@@ -62,6 +62,8 @@ def plan(
         "returns": ("%out",),
         "quotas": False,
         "kv_lengths": kv_lengths,
+        "precision": selection.precision,
+        "rotate": selection.rotate,
     }
     planned, notes = plan_with_notes(problem, layout, policy, **settings)
     other = _with_other_counting(policy)

@@ -63,7 +63,8 @@ def run(
     shape, length = layout.grids[0].sizes, layout.length or 0
     problem = AttentionProblem(1, heads, length, length, head_dim)
     features.check_size(length, heads, head_dim)
-    setting = settle(problem, layout, policy, backend=backend, device=device, dtype=dtype)
+    in_8_bits: dict[str, Any] = {"precision": selection.precision, "rotate": selection.rotate}
+    setting = settle(problem, layout, policy, backend=backend, device=device, dtype=dtype, **in_8_bits)
     with _progress() as step:
         step(f"Decoding {clip}")
         frames = decode.load(clip, shape, start=start)
@@ -100,6 +101,8 @@ def record_of(found: Comparison, clip: str, seed: int) -> dict[str, Any]:
         "problem": asdict(found.plan.problem),
         "layout": found.plan.layout.to_dict(),
         "policy": str(found.policy),
+        "precision": found.precision,
+        "rotate": found.rotate,
         "backend": found.backend,
         "device": str(found.device),
         "device_name": found.device.name,
@@ -126,7 +129,7 @@ def _report(record: dict[str, Any], found: Comparison) -> Any:
         f"{problem.heads} heads of {problem.head_dim}, {problem.dtype}",
         f"[bold green]{escape(found.why)}[/]",
         *(f"[dim]out: {r.backend} ({r.stage}): {escape(r.reason)}[/]" for r in found.refusals),
-        f"{record['sparsity']:.2%} of block pairs skipped ({escape(str(found.policy))})",
+        f"{record['sparsity']:.2%} of block pairs skipped ({escape(str(found.policy))}){_in_8_bits(found)}",
         "",
     ]
     timed = Text(f"median of {found.rounds} interleaved rounds after a warm-up, all on this backend", style="dim")
@@ -134,6 +137,13 @@ def _report(record: dict[str, Any], found: Comparison) -> Any:
     return Group(
         *(Text.from_markup(line) for line in lines), _outputs(found), timed, Text(), _recalls(record, found), shares
     )
+
+
+def _in_8_bits(found: Comparison) -> str:
+    if found.precision is None:
+        return ""
+    words = f", sparse attention in 8 bits ({found.precision}{', rotated' if found.rotate else ''})"
+    return f"{words}, [bold yellow]by its definition: no kernels of 8 bits here[/]" if found.is_emulated else words
 
 
 def _always(found: Comparison) -> str:

@@ -76,7 +76,7 @@ class SparsityWarning(RainfusionWarning):
 
 
 class SpeedWarning(RainfusionWarning):
-    """Skipping blocks is estimated to be slower than dense attention; the message says by how much."""
+    """Skipping blocks, or attention in 8 bits, is slower than doing without; the message says why."""
 
 
 def warn_caller(message: str, category: type[RainfusionWarning]) -> None:

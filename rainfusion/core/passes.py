@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rainfusion.core import precision as precisions
 from rainfusion.core.checks import as_instance, as_share, one_of, shown
 from rainfusion.core.errors import LayoutError, PlanFormatError, PolicyError, ProblemError
 from rainfusion.core.layout import Text, TokenLayout
@@ -26,6 +27,7 @@ from rainfusion.core.ops import (
     Data,
     Merge,
     Op,
+    Quantise,
     Select,
     WindowOrder,
     signature,
@@ -123,7 +125,23 @@ def summarise_omitted(plan: Plan) -> Plan:
     at = plan.ops.index(attend)
     first_mean = next((i + 1 for i, op in enumerate(plan.ops) if "%kb" in op.makes), at)
     before, between, after = plan.ops[:first_mean], plan.ops[first_mean:at], plan.ops[at + 1 :]
-    return replace(plan, ops=(*before, *means, *between, kept, rest, merge, *after))
+    return precisions.means_quantised(replace(plan, ops=(*before, *means, *between, kept, rest, merge, *after)))
+
+
+@_of_plan
+def quantised(plan: Plan, precision: str, *, rotated: bool = False) -> Plan:
+    """Attend in 8 bits. Blocks are still selected from the means of what is not quantised.
+
+    Args:
+        precision: ``"int8"``: queries and keys in INT8, values and softmax weights in e4m3; ``"fp8"``: all in e4m3.
+            Queries and keys have a scale a block, values one a channel; keys and values are less their mean.
+        rotated: Hadamard transform of queries and keys, for channels that are far larger than the others.
+
+    Raises:
+        ProblemError: another precision, or a head_dim that has no Hadamard transform.
+        PlanFormatError: the plan is quantised already.
+    """
+    return precisions.quantised(plan, precision, rotated=rotated)
 
 
 @_of_plan
@@ -132,6 +150,7 @@ def in_window_order(plan: Plan) -> Plan:
     if not (plan.q_axis.ordered or plan.kv_axis.ordered):
         return plan
     ops = tuple(_ordered(op, plan) for op in plan.ops)
+    ops = tuple(precisions.in_order_of_reader(op, ops) if isinstance(op, Quantise) else op for op in ops)
     if ops == plan.ops:
         return plan
     return replace(plan, ops=(WindowOrder(order="%order", inverse="%inverse", layout=plan.layout), *ops))
@@ -141,11 +160,16 @@ def in_window_order(plan: Plan) -> Plan:
 def limit_lengths(plan: Plan) -> Plan:
     """Read ``%kv_lengths`` at call time: tokens at block positions at or beyond a sample's length are padding."""
     on_queries = plan.problem.q_len == plan.problem.kv_len
+    queries = {"%q", *(op.q for op in plan.ops if isinstance(op, Attend))}
+
+    def of_queries(op: BlockMean | Quantise) -> bool:
+        return not queries.isdisjoint((op.x, *op.makes))
+
     ops: list[Op] = []
     for op in plan.ops:
         if isinstance(op, Attend | AttendMeans):
             ops.append(replace(op, lengths="%kv_lengths", lengths_on_queries=on_queries))
-        elif isinstance(op, Select) or (isinstance(op, BlockMean) and (on_queries or op.x != "%q")):
+        elif isinstance(op, Select) or (isinstance(op, BlockMean | Quantise) and (on_queries or not of_queries(op))):
             ops.append(replace(op, lengths="%kv_lengths"))
         else:
             ops.append(op)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from rainfusion.core import passes
+from rainfusion.core import precision as precisions
 from rainfusion.core.checks import as_flag, one_of, shown
 from rainfusion.core.errors import LayoutError, PolicyError, ProblemError, SparsityWarning, warn_caller
 from rainfusion.core.layout import TokenLayout
@@ -29,6 +30,8 @@ def plan(
     returns: Iterable[str] = ("%out",),
     quotas: bool = False,
     kv_lengths: bool = False,
+    precision: str | None = None,
+    rotate: bool = False,
 ) -> Plan:
     """Plan one attention call.
 
@@ -45,6 +48,8 @@ def plan(
             head_dim]``), ``%score`` (float32 ``[batch, heads, q blocks, key blocks]``).
         quotas: row quotas are given at call time, in place of those of `policy`.
         kv_lengths: valid tokens of padded samples are given at call time.
+        precision: ``"int8"`` or ``"fp8"`` attends in 8 bits (`passes.quantised`); None in the tensors' own dtype.
+        rotate: with a precision, Hadamard transform of queries and keys before they are rounded.
 
     Raises:
         LayoutError: the layout makes neither q_len nor kv_len tokens.
@@ -55,7 +60,16 @@ def plan(
             message says by how much, and what helps.
     """
     planned, notes = plan_with_notes(
-        problem, layout, policy, omitted=omitted, order=order, returns=returns, quotas=quotas, kv_lengths=kv_lengths
+        problem,
+        layout,
+        policy,
+        omitted=omitted,
+        order=order,
+        returns=returns,
+        quotas=quotas,
+        kv_lengths=kv_lengths,
+        precision=precision,
+        rotate=rotate,
     )
     for note in notes:
         warn_caller(note, SparsityWarning)
@@ -72,6 +86,8 @@ def plan_with_notes(
     returns: Iterable[str],
     quotas: bool,
     kv_lengths: bool,
+    precision: str | None = None,
+    rotate: bool = False,
 ) -> tuple[Plan, tuple[str, ...]]:
     """What `plan` makes of its arguments, and what it warns of."""
     one_of(omitted, OMITTED, "omitted", ProblemError)
@@ -84,7 +100,9 @@ def plan_with_notes(
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy={shown(policy)} is not a policy; give TopK(...), TopP(...), Hybrid(...) or Fixed()")
     operands = as_flag(quotas, "quotas", ProblemError), as_flag(kv_lengths, "kv_lengths", ProblemError)
-    return _plan(problem, layout, policy, omitted, order, _returns(returns), *operands)
+    return _plan(
+        problem, layout, policy, omitted, order, _returns(returns), *operands, *precisions.checked(precision, rotate)
+    )
 
 
 def sparsity_notes(plan: Plan, policy: Policy) -> tuple[str, ...]:
@@ -139,6 +157,8 @@ def _plan(
     returns: tuple[str, ...],
     quotas: bool,
     kv_lengths: bool,
+    precision: str | None,
+    rotate: bool,
 ) -> tuple[Plan, tuple[str, ...]]:
     if layout.length not in (None, problem.q_len, problem.kv_len):
         raise LayoutError(
@@ -149,6 +169,8 @@ def _plan(
     planned = passes.select_blocks(passes.dense(problem, layout), policy, given_quotas=quotas)
     if omitted == "summary":
         planned = passes.summarise_omitted(planned)
+    if precision is not None:
+        planned = passes.quantised(planned, precision, rotated=rotate)
     planned = passes.returning(planned, returns)
     if kv_lengths:
         planned = passes.limit_lengths(planned)

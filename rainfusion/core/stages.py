@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from rainfusion.core.errors import LoweringError
-from rainfusion.core.ops import Attend, AttendMeans, BlockMean, BlockScore, Merge, Op, Select
+from rainfusion.core.ops import (
+    Attend,
+    AttendMeans,
+    AttendMeansQuantised,
+    AttendQuantised,
+    BlockMean,
+    BlockScore,
+    Merge,
+    Op,
+    Quantise,
+    Select,
+)
 
 if TYPE_CHECKING:
     from rainfusion.core.backend import Segment
@@ -25,9 +36,11 @@ class Stages:
 
     Attributes:
         means: the block means, each of which may be returned or read by what follows.
+        quantised: what is rounded to 8 bits; the attentions are then `AttendQuantised` and `AttendMeansQuantised`.
     """
 
     means: tuple[BlockMean, ...]
+    quantised: tuple[Quantise, ...]
     score: BlockScore | None
     select: Select | None
     attend: Attend | None
@@ -43,19 +56,25 @@ class Stages:
                 of one attention; the message says which.
         """
         means = tuple(op for op in segment.ops if type(op) is BlockMean)
+        quantised = tuple(op for op in segment.ops if type(op) is Quantise)
         stages = cls(
             means,
+            quantised,
             _only(segment, BlockScore),
             _only(segment, Select),
-            _only(segment, Attend),
-            _only(segment, AttendMeans),
+            _only(segment, Attend, AttendQuantised),
+            _only(segment, AttendMeans, AttendMeansQuantised),
             _only(segment, Merge),
         )
-        foreign = [op for op in segment.ops if op not in means and op not in stages._single]
+        foreign = [op for op in segment.ops if op not in (*means, *quantised, *stages._single)]
         if foreign:
             raise LoweringError(f"`{foreign[0]}` is not part of an attention that is known here")
         stages._check_wiring()
         return stages
+
+    def rounding(self, name: str | None) -> Quantise | None:
+        """The operation whose rounded tensor a value is; None where it comes from outside."""
+        return next((op for op in self.quantised if op.y == name), None)
 
     def mean(self, name: str | None) -> BlockMean | None:
         """The block mean that makes a value; None where it comes from outside."""
@@ -91,6 +110,8 @@ class Stages:
                 all(getattr(attend, f) == getattr(rest, f) for f in shared),
                 "the two attentions differ in what they read",
             )
+            in_8_bits = {isinstance(attend, AttendQuantised), isinstance(rest, AttendMeansQuantised)}
+            _need(len(in_8_bits) == 1, "tokens and means are attended in different precisions")
             _need(merge is not None, "two attentions that nothing joins")
         if merge:
             _need(attend is not None and rest is not None, "a merge of other attentions")
@@ -100,10 +121,10 @@ class Stages:
             _need(sides == {(attend.out, attend.lse), (rest.out, rest.lse)}, "the merge joins other values")
 
 
-def _only(segment: Segment, kind: type[AnyOp]) -> AnyOp | None:
-    found = [op for op in segment.ops if type(op) is kind]
+def _only(segment: Segment, kind: type[AnyOp], *kinds: type[AnyOp]) -> AnyOp | None:
+    found = [op for op in segment.ops if type(op) in (kind, *kinds)]
     _need(len(found) < 2, f"more than one {kind.name}")
-    return found[0] if found else None
+    return found[0] if found else None  # type: ignore[return-value]
 
 
 def _need(holds: bool, reason: str) -> None:

@@ -14,6 +14,7 @@ from rainfusion import dispatch, functional
 from rainfusion.core.backend import Device
 from rainfusion.core.choice import Choice, Refusal
 from rainfusion.core.errors import NoBackendError
+from rainfusion.core.executable import Executable
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.plan import Plan
 from rainfusion.core.planner import plan
@@ -43,7 +44,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. The arrays at the end are for the picture, ``[heads, ...]`` or ``[tokens]``."""
+    """What `compare` found. The arrays are for the picture, ``[heads, ...]`` or ``[tokens]``.
+
+    Attributes:
+        precision, rotate: of sparse attention, as in `rainfusion.plan`; is_emulated: it ran by its definition.
+    """
 
     plan: Plan
     policy: Policy
@@ -59,15 +64,20 @@ class Comparison:
     mask: np.ndarray = field(repr=False)
     mass: np.ndarray = field(repr=False)
     errors: dict[str, np.ndarray] = field(repr=False)
+    precision: str | None = None
+    rotate: bool = False
+    is_emulated: bool = False
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What will run where: a sparse plan, the policy it was planned by, and the backend chosen for it."""
+    """What will run where: a sparse plan, the policy and precision it was planned by, and the backend chosen for it."""
 
     plan: Plan
     policy: Policy
     choice: Choice
+    precision: str | None = None
+    rotate: bool = False
 
 
 def settle(
@@ -78,21 +88,25 @@ def settle(
     backend: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    precision: str | None = None,
+    rotate: bool = False,
 ) -> Setting:
     """Choose backend, device and dtype for a problem, whatever dtype it has.
 
     Args:
         backend, device: as in `rainfusion.lower`.
         dtype: default float32 on a CPU, bfloat16 elsewhere.
+        precision, rotate: as in `rainfusion.plan`, of sparse attention; dense attention stays in `dtype`.
 
     Raises:
         RainfusionError: as `rainfusion.plan` and `rainfusion.choose`.
     """
     settings, failures = [], []
     for name in (dtype,) if dtype else ("float32", "bfloat16"):
-        planned = plan(replace(problem, dtype=name), layout, policy)
+        planned = plan(replace(problem, dtype=name), layout, policy, precision=precision, rotate=rotate)
         try:
-            settings.append(Setting(planned, policy, dispatch.choose(planned, backend=backend, device=device)))
+            chosen = dispatch.choose(planned, backend=backend, device=device)
+            settings.append(Setting(planned, policy, chosen, precision, rotate))
         except NoBackendError as error:
             failures.append(error)
     if not settings:
@@ -134,15 +148,19 @@ def compare(
     backend, device = choice.candidate.backend, choice.candidate.device
     tensors = tuple(backend.from_host(x, device, sparse.problem.dtype) for x in (q, k, v))
 
+    def executable(planned: Plan) -> Executable:
+        return functional.lower(planned, device=str(device), backend=backend.name)
+
     def lowered(planned: Plan) -> Callable[[], Any]:
-        run = functional.lower(planned, device=str(device), backend=backend.name)
+        run = executable(planned)
         return lambda: run(*tensors)
 
+    in_8_bits: dict[str, Any] = {"precision": setting.precision, "rotate": setting.rotate}
     masked = plan(sparse.problem, layout, policy, returns=("%out", "%mask"))
     runs = {
         "dense": lowered(plan(sparse.problem, layout, TopK(0.0))),
         "drop": lowered(sparse),
-        "summary": lowered(plan(sparse.problem, layout, policy, omitted="summary")),
+        "summary": lowered(plan(sparse.problem, layout, policy, omitted="summary", **in_8_bits)),
     }
     progress("Warming up")
     _, kept = lowered(masked)()
@@ -169,6 +187,9 @@ def compare(
         recall=recall,
         mask=mask[0],
         mass=mass[0],
+        precision=setting.precision,
+        rotate=setting.rotate,
+        is_emulated=dispatch.is_emulated(executable(sparse)),
         errors={name: metrics.token_error(outs[name], outs["dense"]) for name in VARIANTS},
     )
 

@@ -82,6 +82,9 @@ class ByTokens:
         plan = passes.returning(plan, ("%out", "%lse"))
         if "kv_lengths" in self.call.given:
             plan = _without_query_lengths(passes.limit_lengths(plan))
+        settings = self.call.settings
+        if settings.precision is not None:
+            plan = passes.quantised(plan, settings.precision, rotated=settings.rotate)
         return passes.from_means(plan)
 
     @property
@@ -99,6 +102,8 @@ class ByTokens:
         lengths = self._lengths(operands["kv_lengths"], q)
         means = self._means(q, k, v, lengths)
         mask = self._mask(q, means, {**operands, "kv_lengths": lengths})
+        if self._pads_queries and call.settings.precision is not None:
+            q = self._without_padding(q, lengths)  # which would take part in the scales of its blocks
         out = lse = None
         for start, kv_len, (keys, values) in pieces:
             arguments = {"q": q, "k": keys, "v": values, **self._columns(mask, means, lengths, start, kv_len)}
@@ -111,8 +116,7 @@ class ByTokens:
         assert out is not None
         assert lse is not None
         if self._pads_queries:
-            assert lengths is not None
-            out, lse = self._without_padding(out, lse, lengths)
+            out, lse = self._without_padding(out, lengths), lse.masked_fill(self._padding(lengths), float("-inf"))
         found = {"%out": out.to(q.dtype), "%lse": lse, "%mask": mask}
         return [found[name] for name in call.returns]
 
@@ -191,13 +195,17 @@ class ByTokens:
             cut["kv_lengths"] = _of_piece(lengths, start, kv_len)
         return cut
 
-    def _without_padding(self, out: Tensor, lse: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Output 0 and log-sum-exp minus infinity for queries beyond their sample's length."""
+    def _padding(self, lengths: Tensor | None) -> Tensor:
+        """Which of this rank's queries are beyond their sample's length, bool ``[batch, 1, tokens]``."""
+        assert lengths is not None
         length = _of_piece(lengths, self._first_row, self.call.shard.q_len)
-        padded = (torch.arange(self.call.shard.q_len, device=out.device) >= length[:, None])[:, None, :]
-        lse = lse.masked_fill(padded, float("-inf"))
+        return (torch.arange(self.call.shard.q_len, device=lengths.device) >= length[:, None])[:, None, :]
+
+    def _without_padding(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """0 in their place, in a tensor of queries or of the output."""
+        padded = self._padding(lengths)
         over_heads = padded if self.call.head_axis == 1 else padded.transpose(1, 2)
-        return out.masked_fill(over_heads[..., None], 0), lse
+        return x.masked_fill(over_heads[..., None], 0)
 
 
 def _of_piece(lengths: Tensor, start: int, tokens: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rainfusion import dispatch
 from rainfusion.calls import Settings
+from rainfusion.core.errors import RainfusionWarning
 from rainfusion.core.executable import Executable
 from rainfusion.core.plan import Plan
 from rainfusion.core.planner import plan_with_notes
@@ -65,7 +66,8 @@ class Call:
     ) -> tuple[Plan, tuple[str, ...]]:
         """Plan a problem by the settings of the call; with what the caller is to be warned of."""
         settings = self.settings
-        asked: dict[str, Any] = {"omitted": settings.omitted, "order": settings.order, **other}
+        named = ("omitted", "order", "precision", "rotate")
+        asked: dict[str, Any] = {**{name: getattr(settings, name) for name in named}, **other}
         operands: dict[str, Any] = {name: name in self.given for name in ("quotas", "kv_lengths")}
         return plan_with_notes(problem, settings.layout(), policy, returns=returns, **asked, **operands)
 
@@ -77,6 +79,12 @@ class Call:
     def executable(self, plan: Plan, like: Tensor) -> Executable:
         """A plan, lowered where a tensor lives."""
         return dispatch.prepare(plan, (), like=like, backend=self.backend).executable
+
+    def notes_of_precision(self, plan: Plan, like: Tensor) -> tuple[tuple[str, type[RainfusionWarning]], ...]:
+        """What a caller who asked for 8 bits is to be warned of, where a tensor lives."""
+        if self.settings.precision is None:
+            return ()
+        return dispatch.prepare(plan, (), like=like, backend=self.backend).notes
 
 
 def run(executable: Executable, arguments: Mapping[str, Any]) -> tuple[Any, ...]:

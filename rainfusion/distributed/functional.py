@@ -15,10 +15,18 @@ from rainfusion import __version__, dispatch
 from rainfusion.backends.host_arrays import check_tensors
 from rainfusion.calls import Settings, settings_of
 from rainfusion.core.checks import as_flag, as_instance, one_of, shown
-from rainfusion.core.errors import MaskError, PolicyError, ProblemError, SparsityWarning, warn_caller
+from rainfusion.core.errors import (
+    MaskError,
+    PolicyError,
+    ProblemError,
+    RainfusionWarning,
+    SparsityWarning,
+    warn_caller,
+)
 from rainfusion.core.mask import BlockMask
 from rainfusion.core.planner import OMITTED, ORDERS
 from rainfusion.core.policies import Policy
+from rainfusion.core.precision import checked
 from rainfusion.core.problem import AttentionProblem
 from rainfusion.distributed.agreement import Lengths, agree, raise_together
 from rainfusion.distributed.by_tokens import ByTokens
@@ -64,7 +72,8 @@ def attention(
         group: process group or one-dimensional DeviceMesh; default: all ranks.
         method: ``"ulysses"`` spreads heads while it attends, and takes tokens in either `order`; ``"gather"`` gathers
             the keys and values of all ranks; ``"ring"`` passes them around, so that no rank holds all of them. The
-            last two take whole blocks in block order: `shard` makes them, and ``order="given"`` says so.
+            last two take whole blocks in block order: `shard` makes them, and ``order="given"`` says so. With a
+            `precision`, ``"ring"`` rounds every rank's keys and values around their own mean, the others as one device.
         mask, quotas, kv_lengths: as in `rainfusion.attention`, of the whole sequence and the same on all ranks.
         return_lse: also return the log-sum-exp of this rank's tokens, float32 ``[batch, heads, tokens]``.
         return_mask: also return the `BlockMask` of the whole sequence.
@@ -82,7 +91,7 @@ def attention(
         ProblemError, LayoutError, PolicyError, MaskError, BackendError: as `rainfusion.attention`.
 
     Warns:
-        SparsityWarning: as `rainfusion.attention`.
+        SparsityWarning: as `rainfusion.attention`. SpeedWarning: a `precision` is computed by its definition.
 
     Ranks compare what they were asked before they exchange tensors: at every call on the CPU; elsewhere, where that
     makes the host wait for the device, before each kind of call that is new to this rank.
@@ -91,8 +100,8 @@ def attention(
     operands = {"mask": mask, "quotas": quotas, "kv_lengths": kv_lengths}
     wanted = {"return_lse": return_lse, "return_mask": return_mask}
     values, notes = _attend(ranks, method, (q, k, v), settings, operands, wanted, backend)
-    for note in notes:
-        warn_caller(note, SparsityWarning)
+    for note, category in notes:
+        warn_caller(note, category)
     return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -105,7 +114,7 @@ def _attend(
     operands: Mapping[str, Any],
     wanted: Mapping[str, bool],
     backend: str | None,
-) -> tuple[list[Any], tuple[str, ...]]:
+) -> tuple[list[Any], list[tuple[str, type[RainfusionWarning]]]]:
     """The values of a call, and what its caller is to be warned of."""
     asked: Call | Exception
     record: dict[str, str] = {}
@@ -120,8 +129,10 @@ def _attend(
     whole, notes = run.call.whole
     if operands["mask"] is not None and (objection := whole.objection(operands["mask"])):
         raise MaskError(objection)
+    warnings: list[tuple[str, type[RainfusionWarning]]] = [(note, SparsityWarning) for note in notes]
+    warnings += run.call.notes_of_precision(run.plans[-1], tensors[0])
     with torch.no_grad():
-        return run(*tensors, operands), notes
+        return run(*tensors, operands), warnings
 
 
 def _asked(
@@ -170,6 +181,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:
     settings = settings_of({**given, "parts": tuple(parts)} if isinstance(parts, list) else given)
     one_of(settings.omitted, OMITTED, "omitted", ProblemError)
     one_of(settings.order, ORDERS, "order", ProblemError)
+    checked(settings.precision, settings.rotate)
     settings.layout()
     return settings
 

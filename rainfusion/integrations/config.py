@@ -13,6 +13,7 @@ from rainfusion.core.errors import LayoutError, PolicyError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.parts import SINKS, Sink
 from rainfusion.core.policies import TopK
+from rainfusion.core.precision import FORMATS
 from rainfusion.core.windows import Sizes
 from rainfusion.integrations.calibration import Calibration
 from rainfusion.integrations.head_budgets import CalibrationError, HeadBudgets
@@ -25,7 +26,12 @@ Shares = LayerShares | HeadBudgets | Calibration
 """The same, or budgets that were solved for a model."""
 
 AUTO = "auto"
-_CHOICES = {"omitted": ("drop", "summary"), "order": ("auto", "layer"), "on_grad": ("raise", "dense")}
+_CHOICES = {
+    "omitted": ("drop", "summary"),
+    "order": ("auto", "layer"),
+    "on_grad": ("raise", "dense"),
+    "precision": (None, *FORMATS),
+}
 _COUNTS = {"num_steps": 1, "refresh_every": 1, "min_blocks": 0, "report_rows": 0}
 _OPTIONAL = ("num_steps", "min_blocks")
 _MOST_DIGITS = 10
@@ -71,7 +77,8 @@ class RainFusionConfig:
             of steps: a pipeline that says it, or `num_steps`.
         num_steps: denoising steps of a run, where the host does not say it.
         dense_layers: layers that are always dense; negative numbers count from the last.
-        block, window, omitted: as in `rainfusion.attention`.
+        block, window, omitted, precision, rotate: as in `rainfusion.attention`. Dense steps and layers keep the host's
+            own attention, in the model's dtype.
         sink: frames that are never skipped, as in `rainfusion.attention`, or ``"auto"``: the first frame, unless its
             rows and columns would take more than half of what the sparsity keeps, or skipped blocks are summarised;
             with head budgets what they were measured with. Sink and window apply to grids of several frames, unless
@@ -104,6 +111,8 @@ class RainFusionConfig:
     window: Sizes | None = None
     sink: Sink = AUTO
     omitted: str = "drop"
+    precision: str | None = None
+    rotate: bool = False
     refresh_every: int = 1
     reuse_drift: float | None = None
     share_masks: bool = False
@@ -132,9 +141,11 @@ class RainFusionConfig:
             if value is not None or name not in _OPTIONAL:
                 self._set(name, as_int(value, name, ConfigError, minimum=least))
         self._set("reuse_drift", _drift(self.reuse_drift, self.refresh_every))
-        for name in ("share_masks", "timed"):
+        for name in ("share_masks", "timed", "rotate"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={shown(getattr(self, name))} is neither True nor False")
+        if self.rotate and self.precision is None:
+            raise ConfigError("rotate=True has no effect without a precision; give precision='int8' or 'fp8', too")
         if not isinstance(self.backend, str | None):
             raise ConfigError(
                 f"backend={shown(self.backend)} is not the name of a backend; `rainfusion devices` lists them"

@@ -254,6 +254,8 @@ class Engine:
             "block": config.block,
             "window": window_of(parts, config),
             "omitted": config.omitted,
+            "precision": config.precision,
+            "rotate": config.rotate,
             "order": forward.order,
             "tensor_layout": "bshd",
             "backend": config.backend,
@@ -281,7 +283,8 @@ class Engine:
         layout = layout_of(parts, config)
         problem = AttentionProblem.from_tensors(q, k, v, scale=scale, tensor_layout="bshd")
         policy = TopK(share)
-        plan = rainfusion.plan(problem, layout, policy, omitted=config.omitted, order=order)
+        in_8_bits: dict[str, Any] = {"precision": config.precision, "rotate": config.rotate}
+        plan = rainfusion.plan(problem, layout, policy, omitted=config.omitted, order=order, **in_8_bits)
         by_head = isinstance(share, tuple) and not plan.is_dense
         budget = {"quotas": moved(plan.quotas(policy), q)} if by_head else {"sparsity": share}
         fewest = FEWEST_BLOCKS if config.min_blocks is None else config.min_blocks

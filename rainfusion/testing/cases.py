@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -20,12 +20,14 @@ from rainfusion.core.ops import Select
 from rainfusion.core.plan import Plan
 from rainfusion.core.planner import plan_with_notes
 from rainfusion.core.policies import Fixed, Hybrid, Policy, TopK, TopP
+from rainfusion.core.precision import FORMATS
 from rainfusion.core.problem import DTYPES, AttentionProblem
 from rainfusion.plugins.manager import host
 from rainfusion.testing.extensions import NearBlocks, scale_scores
-from rainfusion.testing.inputs import CLIP_GRID, POISONED_BLOCK, RECIPES, Inputs
+from rainfusion.testing.inputs import CLIP_GRID, NOT_FINITE, POISONED_BLOCK, RECIPES, Inputs
 from rainfusion.testing.numbers import rounded
 
+PRECISIONS = (*FORMATS,)
 KEPT = ("mixed", "one", "all", "some_none")
 
 
@@ -35,7 +37,7 @@ class Case:
 
     Args:
         name: unique; part of the test's id.
-        problem, layout, policy, omitted, order, returns: as for `rainfusion.plan`.
+        problem, layout, policy, omitted, order, returns, precision, rotate: as for `rainfusion.plan`.
         values: the recipe of the inputs, a name in `inputs.RECIPES`.
         seed: of the generator that the recipe and the random mask draw from.
         kept: blocks a row keeps in the mask that is given, a name in `KEPT`.
@@ -61,6 +63,8 @@ class Case:
     strided: bool = False
     quotas: bool = False
     kv_lengths: tuple[int, ...] = ()
+    precision: str | None = None
+    rotate: bool = False
     change: Callable[[Plan], Plan] | None = None
 
     def __post_init__(self) -> None:
@@ -71,7 +75,8 @@ class Case:
         """The plan of this case, under another policy or with other returned values if these are given."""
         policy, returns = policy or self.policy, returns or self.returns
         given = {"quotas": self.quotas and policy != Fixed(), "kv_lengths": bool(self.kv_lengths)}
-        settings: dict[str, Any] = {"omitted": self.omitted, "order": self.order, "returns": returns, **given}
+        named = ("omitted", "order", "precision", "rotate")
+        settings: dict[str, Any] = {**{name: getattr(self, name) for name in named}, "returns": returns, **given}
         planned, _ = plan_with_notes(self.problem, self.layout, policy, **settings)
         return planned if self.change is None else self.change(planned)
 
@@ -152,7 +157,7 @@ _VIDEO = (5, 8, 16)
 
 def builtin_cases() -> tuple[Case, ...]:
     """The shared cases, each in all four dtypes; what a backend does not claim is skipped by name."""
-    cases = (*_shapes(), *_parts(), *_methods(), *_operands(), *_numbers(), *_clips())
+    cases = (*_shapes(), *_parts(), *_methods(), *_operands(), *_numbers(), *_clips(), *_in_8_bits())
     return tuple(_in_dtype(case, dtype) for case in cases for dtype in DTYPES)
 
 
@@ -171,6 +176,17 @@ def every_case() -> tuple[Case, ...]:
     if len(names) < len(cases):
         raise ProblemError(f"conformance cases share a name: {', '.join(n for n in names if names[n] > 1)}")
     return cases
+
+
+def in_precision(cases: Iterable[Case], precision: str) -> tuple[Case, ...]:
+    """Cases in another precision, with it in their names; not those of NaN and infinity, which rounding spreads.
+
+    Raises:
+        ProblemError: another precision than there is.
+    """
+    one_of(precision, PRECISIONS, "precision", ProblemError)
+    finite = [case for case in cases if case.precision is None and case.values not in NOT_FINITE]
+    return tuple(replace(case, name=f"{precision}_{case.name}", precision=precision) for case in finite)
 
 
 def claimed_case(claims: Capabilities, *, block: tuple[int, int] | None = None, **settings: Any) -> Case:
@@ -313,6 +329,30 @@ def _clips() -> Iterator[Case]:
     yield _video("clip_of_wide_heads", grid=CLIP_GRID, values="clip", policy=TopK(0.6))
     yield _video("clip_by_mass", grid=CLIP_GRID, values="clip", policy=TopP(0.5), head_dim=64)
     yield _video("clip_and_text", grid=CLIP_GRID, text=77, values="clip", policy=TopK(0.6), omitted="summary")
+
+
+def _in_8_bits() -> Iterator[Case]:
+    """Every precision with every other feature, and numbers on which 8 bits fail elsewhere (docs/precision.md)."""
+    lse = ("%out", "%lse")
+    for name in PRECISIONS:
+        of: dict[str, Any] = {"precision": name}
+        yield _row(name, 460, heads=4, kv_heads=2, returns=lse, **of)
+        yield _video(f"{name}_summary", omitted="summary", text=77, head_dim=64, returns=lse, **of)
+        lengths: dict[str, Any] = {
+            "kv_lengths": (290, 380),
+            "batch": 2,
+            "text": 60,
+            "grid": (4, 8, 10),
+            "block": 64,
+            "returns": lse,
+        }
+        yield _video(f"{name}_lengths_and_summary", omitted="summary", **lengths, **of)
+        yield _row(f"{name}_wide_logits", 460, values="wide_logits", returns=lse, **of)
+        yield _row(f"{name}_common_part", 460, values="common_part", omitted="summary", returns=lse, **of)
+        yield _row(f"{name}_sink_block", 460, values="sink_block", returns=lse, **of)
+        yield _row(f"{name}_rotated", 460, values="channel_outliers", rotate=True, returns=lse, **of)
+    yield _row("int8_dense", 300, policy=TopK(0.0), head_dim=64, precision="int8")
+    yield _row("fp8_empty_rows", 460, policy=Fixed(), kept="some_none", head_dim=64, returns=lse, precision="fp8")
 
 
 def _row(name: str, length: int, *, kv_len: int | None = None, block: Any = 128, **settings: Any) -> Case:

@@ -43,6 +43,36 @@ def large_logits(case: Case, rng: np.random.Generator) -> Inputs:
     return q * 16, k * 16, v
 
 
+def wide_logits(case: Case, rng: np.random.Generator) -> Inputs:
+    """Logits up to about fifty, as video models have them: weights that reach 1 must not saturate."""
+    q, k, v = normal(case, rng)
+    return q * 3.5, k * 3.5, v
+
+
+def common_part(case: Case, rng: np.random.Generator) -> Inputs:
+    """Keys and values with a part that all tokens share, much larger than what tells them apart."""
+    q, k, v = normal(case, rng)
+    return q, k + 5 * bell(rng, k[:, :, :1].shape), v + 10 * bell(rng, v[:, :, :1].shape)
+
+
+def sink_block(case: Case, rng: np.random.Generator) -> Inputs:
+    """The last key block draws nearly all weight, and its values are small: what is left comes from small weights."""
+    q, k, v = normal(case, rng)
+    direction = np.sign(bell(rng, (case.problem.head_dim,)))
+    tokens = case.block_order(side=1)[-case.layout.block[1] :]
+    k[:, :, tokens] += direction
+    v[:, :, tokens] /= 64
+    return q + direction, k, v
+
+
+def channel_outliers(case: Case, rng: np.random.Generator) -> Inputs:
+    """Three channels of queries and keys ten times as large as the others."""
+    q, k, v = normal(case, rng)
+    for x in (q, k):
+        x[..., :3] *= 10
+    return q / 3, k / 3, v
+
+
 def peaked(case: Case, rng: np.random.Generator) -> Inputs:
     """Every query is twice some key, so that one key takes nearly all its weight."""
     q, k, v = normal(case, rng)
@@ -141,8 +171,14 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 _ORDINARY = (normal, large_logits, peaked, close_scores, ties, clip)
+_HARD_IN_8_BITS = (wide_logits, common_part, sink_block, channel_outliers)
 _NOT_FINITE = (poisoned_block, nan_query, minus_infinity, infinite_values)
-RECIPES: dict[str, Callable[[Case, np.random.Generator], Inputs]] = {f.__name__: f for f in (*_ORDINARY, *_NOT_FINITE)}
+RECIPES: dict[str, Callable[[Case, np.random.Generator], Inputs]] = {
+    f.__name__: f for f in (*_ORDINARY, *_HARD_IN_8_BITS, *_NOT_FINITE)
+}
+
+
+NOT_FINITE = frozenset(f.__name__ for f in _NOT_FINITE)
 
 
 def bell(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

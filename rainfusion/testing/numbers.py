@@ -38,6 +38,16 @@ def worst_error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.max(np.where(same, 0.0, difference), initial=0.0))
 
 
+def typical_error(got: np.ndarray, expected: np.ndarray) -> float:
+    """Root mean square difference where `expected` is finite; infinite where `got` is not, or shapes differ."""
+    if got.shape != expected.shape:
+        return math.inf
+    finite = np.isfinite(expected)
+    difference = (got - np.where(finite, expected, got))[finite]
+    mean = float(np.mean(difference * difference)) if difference.size else 0.0
+    return math.sqrt(mean) if math.isfinite(mean) else math.inf
+
+
 def largest(x: np.ndarray) -> float:
     """Largest finite absolute value, 0 where there is none."""
     return float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))

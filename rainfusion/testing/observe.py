@@ -15,7 +15,7 @@ from rainfusion.core.mask import BlockMask
 from rainfusion.core.ops import Select
 from rainfusion.core.plan import Plan
 from rainfusion.testing.cases import Case
-from rainfusion.testing.numbers import digest, largest, pattern, sketch, worst_error
+from rainfusion.testing.numbers import digest, largest, pattern, sketch, typical_error, worst_error
 from rainfusion.testing.observation import Observation
 from rainfusion.testing.oracle import expected, expected_mask
 from rainfusion.testing.target import Results, Target
@@ -75,6 +75,8 @@ def _call(target: Target, case: Case, plan: Plan) -> Any:
         order=case.order,
         tensor_layout=problem.tensor_layout,
         scale=problem.scale,
+        precision=case.precision,
+        rotate=case.rotate,
         return_lse="%lse" in plan.returns,
         return_mask=True,
         backend=target.backend.name,
@@ -93,6 +95,9 @@ def with_output(seen: Observation, case: Case, mask: BlockMask | None, got: Resu
     right, out = expected(case, mask), got["%out"]
     if "%lse" in got:
         seen = replace(seen, lse_error=worst_error(got["%lse"], right.lse), lse_allowed=right.lse_limit)
+    if right.typical_limit is not None and not (typical := typical_error(out, right.out)) <= right.typical_limit:
+        said = f"the output is typically off by {typical:.3g} (at most {right.typical_limit:.3g})"
+        seen = replace(seen, problems=(*seen.problems, said))
     return replace(
         seen,
         error=worst_error(out, right.out),

@@ -15,19 +15,25 @@ from rainfusion.core.passes import prune
 from rainfusion.core.policies import Fixed
 from rainfusion.testing import tolerance
 from rainfusion.testing.cases import Case
-from rainfusion.testing.numbers import largest, rounded, worst_error
+from rainfusion.testing.numbers import largest, rounded, typical_error, worst_error
 from rainfusion.testing.target import Target, find_target
 
 EXACT_RECIPES = ("ties",)
 
 
 class Expected(NamedTuple):
-    """The right output and log-sum-exp, float64, and how far from them a backend may be."""
+    """The right output and log-sum-exp, float64, and how far from them a backend may be.
+
+    Attributes:
+        out_limit, lse_limit: at any element.
+        typical_limit: root mean square over the output; None where the largest error says enough.
+    """
 
     out: np.ndarray
     lse: np.ndarray
     out_limit: float
     lse_limit: float
+    typical_limit: float | None = None
 
 
 class ExpectedMask(NamedTuple):
@@ -39,14 +45,20 @@ class ExpectedMask(NamedTuple):
 
 def expected(case: Case, mask: BlockMask | None) -> Expected:
     """What the case's output must be under `mask` (on NumPy); None for a dense plan."""
-    dtype = case.problem.dtype
-    right, coarse = (_in_dtype(case, wide, ("%out", "%lse"), mask) for wide in ("float64", "float32"))
-    share = tolerance.FLOAT64_FROM_FLOAT32 if dtype == "float64" else 1.0
+    dtype, values = case.problem.dtype, ("%out", "%lse")
+    right = _in_dtype(replace(case, precision=None, rotate=False), "float64", values, mask)
+    coarse = _in_dtype(case, "float32", values, mask)
+    in_float64 = dtype == "float64" and case.precision is None  # what 8 bits lose, no dtype of the tensors gives back
+    share = tolerance.FLOAT64_FROM_FLOAT32 if in_float64 else 1.0
     out_error = worst_error(rounded(coarse["%out"], dtype), right["%out"]) * share
     lse_error = worst_error(coarse["%lse"], right["%lse"]) * share
     out_limit = tolerance.output_limit(dtype, out_error, largest(right["%out"]))
     lse_limit = tolerance.lse_limit(dtype, lse_error, largest(right["%lse"]))
-    return Expected(right["%out"], right["%lse"], out_limit, lse_limit)
+    typical = None
+    if case.precision is not None:
+        error = typical_error(rounded(coarse["%out"], dtype), right["%out"])
+        typical = tolerance.output_limit(dtype, error, typical_error(np.zeros_like(right["%out"]), right["%out"]))
+    return Expected(right["%out"], right["%lse"], out_limit, lse_limit, typical)
 
 
 def expected_value(case: Case, name: str) -> tuple[np.ndarray, float]:

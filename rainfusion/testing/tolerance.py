@@ -10,6 +10,11 @@ dtype, so no wrong scale, dropped block or TensorFloat-32 product passes as floa
 **float64.** There the definition is the oracle and shows no error; its float32 error scaled by the ratio of the
 roundings stands in.
 
+**8 bits.** The oracle stays exact: the definition's error is that of its rounding to 8 bits. Kernels that round at
+other points, such as weights against a running maximum, stay within twice of it. Where logits are wide, one rounding
+may move most of a row's weight, and the largest error says little; so the root mean square error is held to the same
+rule.
+
 **Log-sum-exp.** The same rule; it is float32 (float64 for float64) whatever the dtype of the tensors.
 
 **Masks.** Scores are float32 (Law 2), so two right answers differ only where float32 cannot tell two blocks apart: a

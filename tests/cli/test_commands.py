@@ -360,6 +360,14 @@ def test_plan_with_both_budgets_is_hybrid_and_with_lengths_reads_them():
     assert "the fewest key blocks that hold 75% of the mass, at least" in shown
 
 
+def test_plan_in_8_bits():
+    shown = command("plan", "--grid", "9x8x8", "--block", 16, "--precision", "int8", "--rotate").stdout
+    assert "%k8              = quantise     %k %order  int8 centred rotated block=16" in shown
+    refused = command("plan", "--grid", "9x8x8", "--block", 16, "--rotate")
+    assert refused.exit_code
+    assert "rotate=True has no effect without a precision" in str(refused.exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -544,6 +552,23 @@ def test_parity_of_a_backend_with_itself(tmp_path):
     seen = [test["observation"] for test in json.loads(report.read_text())["tests"]]
     assert {observation["seed"] for observation in seen} == {3}
     assert all(len(observation["inputs"]) == 64 for observation in seen)
+
+
+def test_run_in_8_bits_says_that_it_is_emulated():
+    options = ["--rounds", 1, "--backend", "reference", "--precision", "fp8"]
+    shown = command("run", "carphone", *SMALL[:-2], *options)
+    assert "sparse attention in 8 bits (fp8), by its definition" in shown.stdout
+    record = json.loads(command("run", "carphone", *SMALL[:-2], *options, "--rotate", "--json").stdout)
+    assert (record["precision"], record["rotate"]) == ("fp8", True)
+
+
+def test_parity_in_8_bits():
+    pytest.importorskip("torch")
+    options = ["--backend", "torch", "--cases", "*ragged_row-f32", "--precision", "int8", "--json"]
+    answer = command("parity", *options)
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    assert {x["case"] for x in found["cases"]} == {"int8_ragged_row-f32"}
 
 
 def test_parity_as_json():

@@ -47,6 +47,8 @@ class Case:
     dtype: str = "float32"
     uneven: bool = False
     operand: str | None = None
+    precision: str | None = None
+    rotate: bool = False
 
     @property
     def layout(self) -> rainfusion.TokenLayout:
@@ -55,6 +57,7 @@ class Case:
     @property
     def settings(self) -> dict[str, Any]:
         names = ("grid", "text", "block", "sparsity", "policy", "sink", "omitted", "kv_lengths", "tensor_layout")
+        names += ("precision", "rotate")
         settings = {name: getattr(self, name) for name in names}
         settings["kv_lengths"] = None if self.kv_lengths is None else np.array(self.kv_lengths)
         if self.operand is not None:
@@ -117,7 +120,7 @@ def on_one_device_in_float64(case: Case, mask: np.ndarray) -> Result:
     """By a given mask, so that both attend to the same blocks."""
     import torch
 
-    settings = {**case.settings, "sparsity": None, "policy": None, "quotas": None}
+    settings = {**case.settings, "sparsity": None, "policy": None, "quotas": None, "precision": None, "rotate": False}
     settings["mask"] = rainfusion.BlockMask(
         torch.from_numpy(mask), case.length, case.length, case.layout.block, case.layout
     )

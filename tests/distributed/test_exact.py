@@ -15,7 +15,10 @@ from rainfusion.testing import tolerance
 from tests.distributed.cases import Case, NearestForSome, Result, on_one_device, on_one_device_in_float64, on_ranks
 from tests.distributed.workers import WORLD, Workers
 
-pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore::rainfusion.SparsityWarning")]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore::rainfusion.SparsityWarning", "ignore::rainfusion.SpeedWarning"),
+]
 
 METHODS = ("ulysses", "gather", "ring")
 # Each has what the others have not; the property test mixes them.
@@ -37,6 +40,10 @@ CASES = {
     "a mask with empty rows": Case(operand="mask"),
     "no text": Case(text=0, sink=None),
     "fewer key heads than ranks": Case(kv_heads=1),
+    "INT8": Case(precision="int8"),
+    "FP8, means, rotated": Case(precision="fp8", rotate=True, omitted="summary"),
+    "INT8 and lengths": Case(precision="int8", batch=2, kv_lengths=(64, 41), omitted="summary", sink=None),
+    "dense FP8": Case(precision="fp8", sparsity=0.0, batch=2, kv_lengths=(66, 62)),
 }
 
 
@@ -95,6 +102,7 @@ def any_case(draw: st.DrawFn) -> Case:
         draw(st.sampled_from(["bhsd", "bshd"])),
         draw(st.sampled_from(["float32", "bfloat16", "float64"])),
         uneven=method == "ulysses" and draw(st.booleans()),
+        precision=draw(st.sampled_from([None, None, "int8", "fp8"])),
     )
 
 
@@ -146,3 +154,33 @@ def test_heads_are_dealt_by_what_they_keep() -> None:
     assert deal([1] * 5, 2) == ((0, 1, 2), (3, 4))
     assert deal([9, 1, 1, 9, 5, 5], 2) == ((0, 1, 4), (2, 3, 5))
     assert deal([8, 1, 1, 1], 2) == ((0,), (1, 2, 3))
+
+
+def emulates_aloud(group: Any, method: str) -> list[str]:
+    """What a rank is told of a precision."""
+    import warnings
+
+    import torch
+
+    import rainfusion.distributed as rd
+
+    x = torch.zeros(1, 4, 8, 8)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        settings = {"block": 4, "order": "given", "sparsity": 0.5, "precision": "int8"}
+        rd.attention(x, x, x, group=group, method=method, **settings)
+    return [str(note.message) for note in said]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_precision_that_is_emulated_is_said(workers: Workers, method: str) -> None:
+    for told in workers.results(2, emulates_aloud, method):
+        assert len([text for text in told if "no kernels of 8 bits" in text]) == 1
+
+
+@pytest.mark.parametrize("precision", ["int4", 8])
+def test_an_unknown_precision_is_refused(precision: Any) -> None:
+    from rainfusion.distributed.functional import _settings
+
+    with pytest.raises(rainfusion.ProblemError, match="is not known; choose one of None, 'int8', 'fp8'"):
+        _settings({"precision": precision})

@@ -76,11 +76,12 @@ def _serve(pipe: Connection, rank: int, rendezvous: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from rainfusion.core.errors import SparsityWarning
+    from rainfusion.core.errors import SparsityWarning, SpeedWarning
 
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", SparsityWarning)  # small grids cannot spend a budget well
+    warnings.simplefilter("ignore", SpeedWarning)  # 8 bits are emulated here
     warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)  # diffusers
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=_SECONDS / 2)

@@ -400,3 +400,12 @@ def test_times_are_measured_where_they_are_asked_for(host):
     made.engine.begin(Reading(step=0), (GRID,))
     made.engine.attend(0, *tensors(), lambda: time.sleep(0.02))
     assert made.log.rows()[0].ms >= 20
+
+
+def test_a_precision_reaches_every_sparse_call(monkeypatch):
+    host = Host(monkeypatch, precision="int8", rotate=True, refresh_every=4)
+    first, again = host.forward(step=0, seed=1), host.forward(step=1, seed=1)
+    assert {(call["precision"], call["rotate"]) for call in host.calls} == {("int8", True)}
+    exact = Host(monkeypatch).forward(step=0, seed=1)
+    for outs in (first, again):
+        assert 0 < np.abs(outs[0] - exact[0]).max() < 0.1

@@ -79,7 +79,7 @@ def methods() -> Iterator[tuple[str, Callable[..., Any]]]:
                     yield f"{name}.{method}", function
     for function in (
         *(passes.dense, passes.select_blocks, passes.given_mask, passes.summarise_omitted, passes.in_window_order),
-        *(passes.limit_lengths, passes.returning, passes.from_means, passes.prune),
+        *(passes.limit_lengths, passes.returning, passes.from_means, passes.prune, passes.quantised),
         *(rainfusion.Plan, rainfusion.BlockMask, rainfusion.TokenLayout, rainfusion.AttentionProblem),
         *(ops.Data.from_dict, to_flex, from_flex),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import ml_dtypes
@@ -11,9 +12,13 @@ import pytest
 
 import rainfusion
 from rainfusion import AttentionProblem, Fixed, TokenLayout
+from rainfusion.core import ops
 from rainfusion.testing import cases, inputs, oracle
 from rainfusion.testing.cases import Case
 from rainfusion.testing.numbers import rounded
+from rainfusion.testing.observation import Observation, verdict
+from rainfusion.testing.observe import with_output
+from rainfusion.testing.target import find_target
 
 DTYPES = ("float32", "float16", "bfloat16")
 LARGEST = (5, 27, 65, 136, 271)  # of the logits
@@ -100,3 +105,57 @@ def test_weights_of_8_bits_fail(wide: Case) -> None:
     # int8 has the resolution of bfloat16 for the weights that count where few do: no worst error tells them apart.
     is_as_fine = wide.problem.dtype == "bfloat16" and largest_logit(wide) > 50
     assert is_as_fine or share_of_limit(wide, attend(wide, weights=in_int8)) > 1
+
+
+# -- 8 bits: what kernels elsewhere got wrong -------------------------------------------------------
+
+
+def changed(plan: rainfusion.Plan, name: str, **fields: Any) -> rainfusion.Plan:
+    """A plan in which the operation that makes a value differs."""
+    return replace(plan, ops=tuple(replace(op, **fields) if name in op.makes else op for op in plan.ops))
+
+
+class Saturating(ops.AttendQuantised):
+    """Weights scaled beyond what e4m3 holds, as where a running maximum lags behind."""
+
+    def weights(self, weights: Any, xp: Any) -> Any:
+        return np.minimum(super().weights(weights, xp), np.float32(448 / 1024))
+
+
+def as_kind(plan: rainfusion.Plan, kind: type[ops.AttendQuantised]) -> rainfusion.Plan:
+    """A plan whose attention is another operation."""
+    attend = plan.find(ops.AttendQuantised)
+    other = kind(**{f.name: getattr(attend, f.name) for f in fields(kind)})
+    return replace(plan, ops=tuple(other if op is attend else op for op in plan.ops))
+
+
+WRONG_IN_8_BITS: dict[str, tuple[str, Callable[[rainfusion.Plan], rainfusion.Plan]]] = {
+    "queries in FP8 for INT8": ("int8_wide_logits", lambda p: changed(p, "%q8", format="e4m3")),
+    "keys with their mean": ("fp8_common_part", lambda p: changed(p, "%k8", centred=False)),
+    "values with their mean": ("fp8_common_part", lambda p: changed(p, "%v8", centred=False)),
+    "no rotation": ("int8_rotated", lambda p: changed(changed(p, "%q8", rotated=False), "%k8", rotated=False)),
+    "weights that saturate": ("fp8_wide_logits", lambda p: as_kind(p, Saturating)),
+    "weights that saturate where attention is diffuse": ("int8", lambda p: as_kind(p, Saturating)),
+    "a lost centre": ("fp8_common_part", lambda p: changed(p, "%kept", centre=None)),
+}
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_wide_logits", "fp8_sink_block", "int8_common_part", "int8_rotated"])
+def test_exact_attention_passes_for_8_bits(name: str) -> None:
+    (case,) = (case for case in cases.builtin_cases() if case.name == f"{name}-bf16")
+    assert verdict(seen_in_8_bits(case, replace(case, precision=None, rotate=False))) == []
+
+
+def seen_in_8_bits(case: Case, run: Case, change: Any = None) -> Observation:
+    mask, target = case.mask(), find_target("reference")
+    plan = run.plan(policy=Fixed(), returns=("%out", "%lse"))
+    return with_output(
+        Observation("attend", case.name), case, mask, target.run(run, change(plan) if change else plan, mask)
+    )
+
+
+@pytest.mark.parametrize("name", WRONG_IN_8_BITS)
+def test_other_roundings_than_planned_fail(name: str) -> None:
+    of_case, change = WRONG_IN_8_BITS[name]
+    (case,) = (case for case in cases.builtin_cases() if case.name == f"{of_case}-f32")
+    assert verdict(seen_in_8_bits(case, case, change))

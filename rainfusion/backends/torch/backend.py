@@ -11,6 +11,7 @@ from rainfusion.backends.host_arrays import on_cpu
 from rainfusion.backends.torch.lowering import KERNEL
 from rainfusion.backends.torch_arrays import TorchArrays
 from rainfusion.core.backend import PORTABLE, Capabilities, Device, Kernel
+from rainfusion.core.ops import AttendQuantised
 from rainfusion.core.plan import Plan
 from rainfusion.core.problem import DTYPES
 
@@ -46,7 +47,7 @@ class TorchBackend(TorchArrays):
 
     def speedup(self, plan: Plan, device: Device) -> float | None:
         half = plan.problem.dtype in ("float16", "bfloat16")
-        if device.type != "cuda" or not half or plan.is_dense:
+        if device.type != "cuda" or not half or plan.is_dense or plan.find(AttendQuantised) is not None:
             return None
         return plan.problem.q_len / _BREAK_EVEN
 

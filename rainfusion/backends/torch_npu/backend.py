@@ -33,7 +33,7 @@ class TorchNpuBackend(TorchArrays):
 
     def objections(self, plan: Plan, device: Device) -> Sequence[str]:
         claims = super().objections(plan, device)
-        attends = [op for op in plan.ops if isinstance(op, Attend)]
+        attends = [op for op in plan.ops if type(op) is Attend]
         if claims or not attends:
             return claims
         requests = [Request.of(op, plan, detection.chip()) for op in attends]

@@ -16,7 +16,7 @@ from rainfusion.backends.triton import hardware, tuning
 from rainfusion.backends.triton.attend_blocks import attend_blocks
 from rainfusion.backends.triton.operands import Attention
 from rainfusion.backends.triton.tuning import CANDIDATES, AttendConfig, attend_configs
-from rainfusion.core.errors import RainfusionWarning, warn_caller
+from rainfusion.core.errors import LoweringError, RainfusionWarning, warn_caller
 from rainfusion.core.locks import ProcessLock
 from rainfusion.core.ops import Attend
 from rainfusion.core.plan import Plan
@@ -24,11 +24,16 @@ from rainfusion.core.plan import Plan
 LARGEST_HEAD_DIM = 256
 _LONGEST_STRIDE = 2**23  # from token to token: a tile's offsets are counted in int32
 _SCALES = (1e-6, 1e6)  # beyond, a bias divided by the scale may leave float32
+_HOPPER_DIMS = (64, 128)
 _GLUON_FROM = "3.6"  # the oldest Triton on which Hopper's kernel was seen to compile
 
 _DOES_NOT_FIT: tuple[type[Exception], ...] = (*tuning.DOES_NOT_COMPILE, AttributeError, TypeError)
 _refused: set[torch.device] = set()  # devices for which this Triton did not compile Hopper's kernel
 _lock = ProcessLock()
+
+
+class HopperUnavailableError(Exception):
+    """This Triton does not compile Hopper's kernel, and no other does what it was asked for."""
 
 
 @dataclass
@@ -60,6 +65,22 @@ class AttentionKernel:
         is_tuned = hardware.interprets() or not tuning.is_requested()
         return cls(device, _hopper() if fits else None, list(configs), hardware.precision(device), is_tuned)
 
+    @classmethod
+    def in_8_bits(cls, op: Attend, plan: Plan, device: torch.device) -> AttentionKernel:
+        """The kernel of an attention in 8 bits, which is Hopper's.
+
+        Raises:
+            LoweringError: Hopper's kernel is not written for this attention, or this Triton has no Gluon.
+        """
+        dim, module = plan.types[op.q].shape[3], _hopper()
+        if not (dim in _HOPPER_DIMS and _SCALES[0] < op.scale < _SCALES[1]):
+            raise LoweringError(f"attention in 8 bits of head dim {dim} at scale {op.scale:g}")
+        if module is None:
+            raise LoweringError(
+                f"attention in 8 bits needs Triton {_GLUON_FROM} or later, this is {triton.__version__}"
+            )
+        return cls(device, module, [], hardware.precision(device))
+
     def wants_copy(self, x: Tensor, order: Tensor | None, lengths: Tensor | None = None) -> bool:
         """Whether `x`, read through `order`, is better copied into block order first than read where it lies.
 
@@ -84,19 +105,21 @@ class AttentionKernel:
                 self.hopper.attend_hopper(given, out, lse)
                 return
             except _DOES_NOT_FIT as error:
-                self._refuse(error)
+                self._refuse(error, "their definitions take" if given.quantised else "the plain kernel takes")
+        if given.quantised is not None:
+            raise HopperUnavailableError
         self._attend_plainly(partial(attend_blocks, given, out, lse, precision=self.precision))
 
-    def _refuse(self, error: Exception) -> None:
-        """Gluon changes from one Triton to the next: say so once, and use the plain kernel on this device."""
+    def _refuse(self, error: Exception, instead: str) -> None:
+        """Gluon changes from one Triton to the next: say so once, and do without it on this device."""
         with _lock:
             if self.device in _refused:
                 return
             _refused.add(self.device)
         reason = str(error).strip().rpartition("\n")[2]
         warn_caller(
-            f"Triton {triton.__version__} does not compile the Hopper kernel ({type(error).__name__}: {reason}); the "
-            f"plain kernel takes over, which is slower. It is known to compile on Triton {_GLUON_FROM}",
+            f"Triton {triton.__version__} does not compile the Hopper kernel ({type(error).__name__}: {reason}); "
+            f"{instead} over, which is slower. It is known to compile on Triton {_GLUON_FROM}",
             RainfusionWarning,
         )
 
@@ -128,7 +151,7 @@ def takes_hopper(op: Attend, plan: Plan, architecture: str, *, has_wide_means: b
     return (
         architecture == "sm_90"
         and q.dtype in ("float16", "bfloat16")
-        and q.shape[3] in (64, 128)
+        and q.shape[3] in _HOPPER_DIMS
         and op.block == (128, 128)
         and _SCALES[0] < op.scale < _SCALES[1]
         and not has_wide_means
@@ -138,6 +161,6 @@ def takes_hopper(op: Attend, plan: Plan, architecture: str, *, has_wide_means: b
 def _hopper() -> Any:
     """The module of Hopper's kernel, or None where this Triton has no Gluon, or another one."""
     try:
-        return import_module("rainfusion.backends.triton.attend_hopper")
+        return import_module("rainfusion.backends.triton.hopper")
     except (ImportError, AttributeError):
         return None

@@ -13,7 +13,7 @@ import torch
 
 from rainfusion.backends.torch_arrays import TorchArrays
 from rainfusion.backends.triton import cost, hardware
-from rainfusion.backends.triton.lowering import UNDERSTOOD, CapturedTensors, build
+from rainfusion.backends.triton.lowering import UNDERSTOOD, UNDERSTOOD_IN_8_BITS, CapturedTensors, build
 from rainfusion.core.backend import ORACLE, TUNED, Capabilities, Device, Kernel
 from rainfusion.core.errors import BackendUnavailableError
 from rainfusion.core.locks import ProcessLock
@@ -59,7 +59,11 @@ class TritonBackend(TorchArrays):
         return cost.speedup(plan, hardware.architecture(torch.device(str(device))))
 
     def kernels(self, plan: Plan, device: Device) -> Sequence[Kernel]:
-        return [Kernel(UNDERSTOOD, partial(build, captured=self.captured))]
+        lowered = partial(build, captured=self.captured)
+        kernels = [Kernel(UNDERSTOOD, lowered)]
+        if hardware.architecture(torch.device(str(device))) == "sm_90":
+            kernels.append(Kernel(UNDERSTOOD_IN_8_BITS, lowered))
+        return kernels
 
     @contextmanager
     def running(self, device: Device) -> Iterator[None]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from rainfusion.backends.triton.eight_bits import EightBits
+from rainfusion.backends.triton.operands import Quantised
 from rainfusion.core.backend import Segment
 from rainfusion.core.stages import Stages
 
@@ -36,15 +38,25 @@ class Blocks:
     Attributes:
         tokens: the tensors that are attended, by operand: q, k, v.
         means, half_means: block means by name.
+        quantised: what is attended in 8 bits.
     """
 
     tokens: dict[str, Tensor] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
     half_means: dict[str, Tensor] = field(default_factory=dict)
+    quantised: Quantised | None = None
 
 
-def folds_of(stages: Stages, segment: Segment, *, has_wide_means: bool) -> tuple[Fold, ...]:
-    """The passes over tensors that a segment needs; what reads the same tokens the same way shares a pass."""
+def folds_of(
+    stages: Stages, segment: Segment, eight_bits: EightBits | None, *, has_wide_means: bool
+) -> tuple[Fold, ...]:
+    """The passes over tensors that a segment needs; what reads the same tokens the same way shares a pass.
+
+    Attention in 8 bits has passes of its own, and these are those for the means that it does not make on the way.
+    """
+    if eight_bits is not None:
+        others = [op for op in stages.means if op not in eight_bits.means.values()]
+        return tuple(Fold(op.x, op.order, op.lengths, op.block, op.mean) for op in others)
     attend, rest, score = stages.attend, stages.attend_means, stages.score
     attended_means = {rest.kb, rest.vb} if rest is not None else set()
     scored = {score.qb, score.kb} if score is not None else set()

@@ -4,7 +4,7 @@ One class serves every part that is one attention or a piece of it: the same sta
 left out where the part has no operation for it. Values that another part makes (means, scores, a mask) come in and go
 out by name.
 
-    fold      tokens ─► tokens in block order, block means     (block_mean, and the orders that attend reads)
+    fold      tokens ─► tokens in block order, block means     (block_mean, quantise, and the orders that attend reads)
     list      means, scores or a mask ─► BlockLists            (block_score, select)
     attend    tokens, lists, means ─► output, log-sum-exp      (attend, attend_means, merge)
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from rainfusion.backends.torch_arrays import all_modes_off
 from rainfusion.backends.triton import hardware
-from rainfusion.backends.triton.attend import LARGEST_HEAD_DIM, AttentionKernel
+from rainfusion.backends.triton.attend import LARGEST_HEAD_DIM, AttentionKernel, HopperUnavailableError
+from rainfusion.backends.triton.eight_bits import EightBits
 from rainfusion.backends.triton.fold_blocks import fold_blocks
 from rainfusion.backends.triton.folds import Blocks, folds_of
 from rainfusion.backends.triton.operands import Attention, Means
@@ -40,12 +42,29 @@ from rainfusion.core.axis import BlockedAxis
 from rainfusion.core.backend import Device, Segment
 from rainfusion.core.errors import LoweringError
 from rainfusion.core.locks import ProcessLock
-from rainfusion.core.ops import AllBlocks, Attend, AttendMeans, BlockMean, BlockScore, Merge, Op, Select
+from rainfusion.core.ops import (
+    AllBlocks,
+    Attend,
+    AttendMeans,
+    AttendMeansQuantised,
+    AttendQuantised,
+    BlockMean,
+    BlockScore,
+    Merge,
+    Op,
+    Quantise,
+    Select,
+)
 from rainfusion.core.plan import Plan
 from rainfusion.core.stages import Stages
 
 UNDERSTOOD: frozenset[type[Op]] = frozenset({BlockMean, BlockScore, Select, Attend, AttendMeans, Merge})
 """The operations that are lowered, all of them or any part of them, as one step."""
+
+UNDERSTOOD_IN_8_BITS: frozenset[type[Op]] = frozenset(
+    {BlockMean, BlockScore, Select, Quantise, AttendQuantised, AttendMeansQuantised, Merge}
+)
+"""The same on Hopper, for attention in 8 bits."""
 
 Values = Mapping[str, Tensor]
 
@@ -127,10 +146,11 @@ class Lowered:
         # A log-sum-exp is good to float32's last digits, which means rounded to 16 bits are not.
         attend = stages.attend
         self._has_wide_means = self._wants_lse or (attend is not None and plan.types[attend.q].dtype == "float32")
-        self._folds = folds_of(stages, segment, has_wide_means=self._has_wide_means)
-        self._orders = {fold.order: self._order(fold.order) for fold in self._folds if fold.order is not None}
-        if attend is not None and attend.order is not None:
-            self._orders[attend.order] = self._order(attend.order)
+        self._eight_bits = EightBits.of(stages, segment, wants_lse=self._wants_lse)
+        self._folds = folds_of(stages, segment, self._eight_bits, has_wide_means=self._has_wide_means)
+        orders = {fold.order for fold in self._folds}
+        orders |= set() if attend is None else {attend.order, attend.kv_order}
+        self._orders = {name: self._order(name) for name in orders if name is not None}
         self._precision = hardware.precision(device)
         self._every: BlockLists | None = None
         self._tiles: Tensor | None = None
@@ -149,12 +169,14 @@ class Lowered:
         if is_dense and self._stages.attend_means is None:
             self._every = every_block(self._kv.blocks, device)
         self._may_keep_nothing = _may_keep_nothing(attend, plan, counts)
-        dtype = plan.types[attend.q].dtype
+        dtype = plan.types[attend.q if self._eight_bits is None else self._eight_bits.q.x].dtype
         mean_dtype = torch.float32 if self._has_wide_means else getattr(torch, dtype)
         is_read = any(self._stages.out in op.reads for op in plan.ops if op not in self._segment.ops)
         # Triton's interpreter cuts numbers off instead of rounding them to bfloat16, so there it writes float32.
         is_wide = is_read or hardware.architecture(device) == hardware.INTERPRETED
         self._out_dtype = torch.float32 if is_wide else getattr(torch, dtype)
+        if self._eight_bits is not None:
+            return AttentionKernel.in_8_bits(attend, plan, device)
         return AttentionKernel.of(attend, plan, device, mean_dtype if self._stages.attend_means is not None else None)
 
     @property
@@ -177,6 +199,15 @@ class Lowered:
         """The values named by ``segment.outputs`` from those named by ``segment.inputs``."""
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._captured.keep(self._constants(values))
+        try:
+            return self._on_kernels(values)
+        except HopperUnavailableError:  # nothing else attends in 8 bits here
+            known = dict(values)
+            for op in self._segment.ops:
+                known.update(op.evaluate(known))
+            return {name: known[name] for name in self._segment.outputs}
+
+    def _on_kernels(self, values: Values) -> dict[str, Tensor]:
         blocks = self.fold(values)
         results = dict(blocks.means)
         lists = self.list(values, blocks, results)
@@ -215,6 +246,8 @@ class Lowered:
                 blocks.means[fold.mean] = folded.mean
             if fold.half_mean is not None and folded.half_mean is not None:
                 blocks.half_means[fold.half_mean] = folded.half_mean
+        if self._eight_bits is not None:
+            blocks.quantised = self._eight_bits(values, partial(self._ordered, values), blocks.means)
         return blocks
 
     def list(self, values: Values, blocks: Blocks, results: dict[str, Tensor] | None = None) -> BlockLists | None:
@@ -246,11 +279,12 @@ class Lowered:
         op, kernel = self._stages.attend, self._kernel
         assert op is not None
         assert kernel is not None
-        tokens = blocks.tokens
+        x = blocks.quantised
+        q, k, v = (blocks.tokens[name] for name in "qkv") if x is None else (x.q, x.k, x.v)
         attention = Attention(
-            tokens["q"],
-            tokens["k"],
-            tokens["v"],
+            q,
+            k,
+            v,
             self._shape[2],
             self._kv.length,
             op.block,
@@ -258,12 +292,13 @@ class Lowered:
             heavy_first_on_device(lists.counts) if self._tiles is None else self._tiles,
             op.scale,
             out_order=self._ordered(values, op.order),
-            means=self._means(values, blocks),
+            means=self._means(values, blocks) if x is None else None,
             lengths=None if op.lengths is None else values[op.lengths],
             lengths_on_queries=op.lengths_on_queries,
             may_keep_nothing=self._may_keep_nothing,
+            quantised=x,
         )
-        out = self._empty_output(tokens["q"])
+        out = self._empty_output(q)
         lse = torch.empty(self._shape[:3], dtype=torch.float32, device=out.device) if self._wants_lse else None
         kernel(attention, out, lse)
         return out, lse

@@ -26,6 +26,46 @@ class Means:
 
 
 @dataclass(frozen=True)
+class QuantisedMeans:
+    """`Quantised.k`, `Quantised.k_scale` and `Quantised.v` of the means of all key blocks, 128 means a block."""
+
+    k: Tensor
+    k_scale: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What `quantise_blocks` makes of q, k and v in block order; blocks of 128 tokens, zeros beyond the last one.
+
+    Attributes:
+        q: int8 or float8_e4m3fn ``[B, H, q blocks * 128, D]``; q_scale: float32 ``[B, H, q blocks]``.
+        k: the same ``[B, Hkv, key blocks * 128, D]``, less its centre; k_scale: float32 ``[B, Hkv, key blocks, 64]``,
+            every scale 64 times, as consumers read them.
+        v: float8_e4m3fn ``[B, Hkv, key blocks * D, 128]``, each block transposed, its keys in `KEY_ORDER`.
+        v_scale, v_centre: float32 ``[B, Hkv, D]``.
+        lse_shift: float32 ``[B, H, q blocks * 128]``, products of queries with the centre of k; None where they are not
+            needed.
+        means: what stands for omitted blocks, if these count.
+    """
+
+    q: Tensor
+    q_scale: Tensor
+    k: Tensor
+    k_scale: Tensor
+    v: Tensor
+    v_scale: Tensor
+    v_centre: Tensor
+    lse_shift: Tensor | None = None
+    means: QuantisedMeans | None = None
+
+    @property
+    def dim(self) -> int:
+        """The head dim."""
+        return self.q.shape[3]
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention call. Tokens stand in block order.
 
@@ -41,6 +81,7 @@ class Attention:
         lengths: int32 ``[B]``, valid keys of each sample; the others take no part.
         lengths_on_queries: queries at or beyond the length give output 0 and log-sum-exp minus infinity.
         may_keep_nothing: whether a row of `lists` may be empty.
+        quantised: in 8 bits, what is read in place of q, k, v and means.
     """
 
     q: Tensor
@@ -57,6 +98,7 @@ class Attention:
     lengths: Tensor | None = None
     lengths_on_queries: bool = False
     may_keep_nothing: bool = True
+    quantised: Quantised | None = None
 
     @property
     def q_blocks(self) -> int:

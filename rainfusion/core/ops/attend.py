@@ -30,6 +30,7 @@ from rainfusion.core.ops.means import (
 )
 
 Attended = tuple[Array, Array]
+_Weigh = Callable[[Array, Any], Array]
 _Keys = tuple[Array, Array, "Array | None"]  # keys, values, what is added to the logits
 
 
@@ -70,6 +71,10 @@ class Attend(Op):
         as_number(self.scale, "scale", PlanFormatError, "a number")
         expect((self.order is None) == (self.inverse is None), "attend takes order and inverse together")
 
+    def weights(self, weights: Array, xp: Any) -> Array:
+        """The softmax weights by which values are summed, from those that are summed up: a form of it may round."""
+        return weights
+
     def meaning(self, *operands: Array) -> Attended:
         q, k, v, order, inverse, kv_order, mask, lengths = operands
         row_lengths = lengths if self.lengths_on_queries else None
@@ -84,6 +89,7 @@ class Attend(Op):
             block=self.block,
             scale=self.scale,
             q_lengths=row_lengths,
+            weigh=self.weights,
         )
 
     def infer(self, types: Mapping[str, ValueType]) -> dict[str, ValueType]:
@@ -140,6 +146,10 @@ class AttendMeans(Op):
         as_number(self.scale, "scale", PlanFormatError, "a number")
         expect((self.order is None) == (self.inverse is None), "attend_means takes order and inverse together")
 
+    def weights(self, weights: Array, xp: Any) -> Array:
+        """The softmax weights by which values are summed, from those that are summed up: a form of it may round."""
+        return weights
+
     def meaning(self, *operands: Array) -> Attended:
         q, kb, vb, mask, order, inverse, lengths = operands
         row_lengths = lengths if self.lengths_on_queries else None
@@ -154,6 +164,7 @@ class AttendMeans(Op):
             kv_len=self.kv_len,
             scale=self.scale,
             q_lengths=row_lengths,
+            weigh=self.weights,
         )
 
     def infer(self, types: Mapping[str, ValueType]) -> dict[str, ValueType]:
@@ -211,19 +222,21 @@ def attend(
     block: tuple[int, int],
     scale: float,
     q_lengths: Array | None = None,
+    weigh: _Weigh | None = None,
 ) -> Attended:
     """The definition of `Attend`: ``(out, lse)`` in the compute dtype, a query block at a time.
 
     Args:
         order: `Attend.order` and `Attend.inverse`.
         q_lengths: lengths that also end the queries, or None.
+        weigh: `Attend.weights`; None leaves them as they are.
     """
     xp = array_namespace(q, k, v)
     if mask is None:
         row_of = _dense_rows(k, v, kv_order, lengths, xp)
     else:
         row_of = _sparse_rows(k, v, kv_order, mask, block[1], xp, lengths=lengths)
-    return _by_rows(q, order, row_of, block[0], scale, q_lengths, xp)
+    return _by_rows(q, order, row_of, block[0], scale, q_lengths, xp, weigh)
 
 
 def attend_means(
@@ -238,6 +251,7 @@ def attend_means(
     kv_len: int,
     scale: float,
     q_lengths: Array | None = None,
+    weigh: _Weigh | None = None,
 ) -> Attended:
     """The definition of `AttendMeans`; arguments as in `attend`."""
     xp = array_namespace(q, kb, vb)
@@ -246,7 +260,7 @@ def attend_means(
     else:
         bias = xp.log(xp.astype(valid_counts(lengths, kv_len, block[1], xp), kb.dtype))
     row_of = _sparse_rows(kb, vb, None, ~mask, 1, xp, bias=bias)
-    return _by_rows(q, order, row_of, block[0], scale, q_lengths, xp)
+    return _by_rows(q, order, row_of, block[0], scale, q_lengths, xp, weigh)
 
 
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> Attended:
@@ -270,6 +284,7 @@ def _by_rows(
     scale: float,
     q_lengths: Array | None,
     xp: Any,
+    weigh: _Weigh | None,
 ) -> Attended:
     """Attention of every query block over the keys that `row_of` gives it, back in the caller's token order."""
     q_order, inverse = order
@@ -278,7 +293,7 @@ def _by_rows(
     for i in range(-(-q.shape[2] // block)):
         tokens = slice(i * block, min((i + 1) * block, q.shape[2]))
         rows = q[:, :, tokens, :] if q_order is None else xp.take(q, q_order[tokens], axis=2)
-        parts.append(_softmax_pv(xp.astype(rows, dtype, copy=False) * scale, *row_of(i), xp))
+        parts.append(_softmax_pv(xp.astype(rows, dtype, copy=False) * scale, *row_of(i), xp, weigh))
     out, lse = (xp.concat(list(part), axis=2) for part in zip(*parts, strict=True))
     if q_lengths is not None:
         padded = (xp.arange(q.shape[2], device=device_of(q)) >= q_lengths[:, None])[:, None, :]
@@ -379,7 +394,7 @@ def _first_block_of_heads(batch: int, heads: int, kv_heads: int, columns: int, d
     return ((sample * kv_heads + head) * columns)[..., None]
 
 
-def _softmax_pv(q: Array, k: Array, v: Array, logit_bias: Array | None, xp: Any) -> Attended:
+def _softmax_pv(q: Array, k: Array, v: Array, logit_bias: Array | None, xp: Any, weigh: _Weigh | None) -> Attended:
     """softmax(q kᵀ + bias) v and its log-sum-exp; fewer key heads than query heads are shared in groups."""
     batch, heads, rows, dim = q.shape
     if k.shape[1] != heads:
@@ -396,6 +411,8 @@ def _softmax_pv(q: Array, k: Array, v: Array, logit_bias: Array | None, xp: Any)
     total = xp.sum(weights, axis=-1, keepdims=True)
     nothing = total == 0
     safe = xp.where(nothing, xp.ones_like(total), total)
+    if weigh is not None:
+        weights = weigh(weights, xp)
     out = xp.where(nothing, xp.zeros_like(total), (weights @ v) / safe)
     lse = xp.where(nothing, xp.full_like(total, -math.inf), peak + xp.log(safe))
     return xp.reshape(out, (batch, heads, rows, dim)), xp.reshape(lse, (batch, heads, rows))

@@ -56,6 +56,10 @@ def main(backend: str, architecture: str) -> None:
         attend("bfloat16", 80, length=640, policy=TopK(0.5))
         attend("bfloat16", 128, length=700, policy=TopP(0.5), omitted="summary", grid=(5, 10, 14))
         attend("bfloat16", 128, length=700, policy=TopK(0.4), returns=("%out", "%lse"), grid=(5, 10, 14))
+        both = ("%out", "%lse")
+        attend("bfloat16", 128, length=640, policy=TopK(0.5), precision="int8")
+        attend("float16", 128, length=700, policy=TopK(0.4), returns=both, omitted="summary", precision="fp8", rotate=True)
+        attend("float32", 64, length=640, policy=TopP(0.5), kv_lengths=True, omitted="summary", precision="int8")
     lengths: dict[str, Any] = {"quotas": True, "kv_lengths": True, "omitted": "summary"}
     attend("bfloat16", 128, length=640, policy=TopK(0.5), **lengths)
     attend("bfloat16", 64, length=640, policy=TopK(0.0), kv_lengths=True, returns=("%out", "%lse"))

@@ -198,7 +198,7 @@ def test_kernels_compile_for(target: str) -> None:
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kernels = dict(line.split(" shared=") for line in done.stdout.splitlines())
-    attend = "attend_hopper._attend" if target == "cuda 90" else "attend_blocks._attend"
+    attend = "launch._attend" if target == "cuda 90" else "attend_blocks._attend"
     assert {attend, "fold_blocks._fold", "score_blocks._score", "select_blocks._select_row"} <= {*kernels}
     half = next(line for line in done.stdout.splitlines() if line.startswith(attend))  # the first is bfloat16
     others = [line for line in done.stdout.splitlines() if "attend" not in line]

@@ -168,9 +168,9 @@ def test_both_kernels_agree(
     dtype: torch.dtype, head_dim: int, kv_len: int, means: bool, ring: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that keep few blocks, one of them perhaps the ragged one, and more tiles than programs."""
-    from rainfusion.backends.triton import attend_hopper
+    from rainfusion.backends.triton.hopper import launch
 
-    monkeypatch.setattr(attend_hopper, "_outgrows_cache", lambda k, kv_len: ring)
+    monkeypatch.setattr(launch, "_outgrows_cache", lambda k, kv_len: ring)
     generator = torch.Generator("cuda").manual_seed(0)
     q = torch.randn(2, 40, 900, head_dim, generator=generator, device="cuda", dtype=dtype)
     k, v = (torch.randn(2, 20, kv_len, head_dim, generator=generator, device="cuda", dtype=dtype) for _ in range(2))
