@@ -16,6 +16,8 @@ from typing import Any
 import npu_environment as npu
 import pytest
 
+from rainfusion.core.precision import FORMATS
+
 INSIDE = npu.HERE / "inside"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
@@ -103,8 +105,9 @@ def test_the_kit_passes_on_the_stand_in_device(chip: str, tests: str, cann: Path
     assert {test["outcome"] for test in seen["tests"]} == {"passed", "skipped"}
     cases = [(test["outcome"], test["observation"]) for test in seen["tests"] if "observation" in test]
     attended = {case["case"] for outcome, case in cases if outcome == "passed" and case["level"] == "attend"}
-    sixteen_bit = {case["case"] for _, case in cases if case["dtype"] in ("float16", "bfloat16")}
-    assert attended == sixteen_bit
+    in_8_bits = tuple(f"{precision}_" for precision in FORMATS)  # declined: chips.py
+    names = {case["case"] for _, case in cases if case["dtype"] in ("float16", "bfloat16")}
+    assert attended == {name for name in names if not name.startswith(in_8_bits)}
     assert len(attended) > 100
 
 
