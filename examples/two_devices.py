@@ -36,7 +36,7 @@ def main() -> None:
     alone = rainfusion.attention(*whole, **settings)
 
     q, k, v = (rd.shard(x, layout) for x in whole)  # whole blocks in block order
-    for method in rd.METHODS:
+    for method in ("ulysses", "gather", "ring"):
         rd.attention(q, k, v, order="given", method=method, **settings)  # the first call plans
         start = time.perf_counter()
         out, mask = rd.attention(q, k, v, order="given", method=method, return_mask=True, **settings)

@@ -127,7 +127,8 @@ def select(
 
     Args:
         q, k: as in `attention`.
-        quotas, kv_lengths, backend, settings: the arguments of `attention` by the same names.
+        quotas, kv_lengths, backend, settings: the arguments of `attention` by the same names. `omitted` and `precision`
+            change nothing about what is selected.
 
     Raises:
         ProblemError: an argument that `attention` does not have, and as `attention`.

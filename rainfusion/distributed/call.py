@@ -18,6 +18,7 @@ from rainfusion.core.planner import plan_with_notes
 from rainfusion.core.policies import Policy
 from rainfusion.core.problem import AttentionProblem
 from rainfusion.distributed.ranks import Ranks
+from rainfusion.distributed.shards import Shards
 
 TOKENS = {"bhsd": 2, "bshd": 1}
 HEADS = {"bhsd": 1, "bshd": 2}
@@ -29,7 +30,7 @@ class Call:
 
     Attributes:
         shard: the problem of this rank's tensors.
-        q_lengths, kv_lengths: query and key tokens of every rank.
+        q_shards, kv_shards: query and key tokens of every rank.
         policy: that of all heads.
         given: which of ``mask``, ``quotas`` and ``kv_lengths`` are given at call time.
         returns: what the caller wants, of ``%out``, ``%lse`` and ``%mask``.
@@ -38,8 +39,8 @@ class Call:
 
     ranks: Ranks
     shard: AttentionProblem
-    q_lengths: tuple[int, ...]
-    kv_lengths: tuple[int, ...]
+    q_shards: Shards
+    kv_shards: Shards
     settings: Settings
     policy: Policy
     given: frozenset[str]
@@ -49,7 +50,7 @@ class Call:
     @cached_property
     def problem(self) -> AttentionProblem:
         """The problem of the whole sequence."""
-        return replace(self.shard, q_len=sum(self.q_lengths), kv_len=sum(self.kv_lengths))
+        return replace(self.shard, q_len=sum(self.q_shards.lengths), kv_len=sum(self.kv_shards.lengths))
 
     @property
     def token_axis(self) -> int:

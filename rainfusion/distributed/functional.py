@@ -31,10 +31,11 @@ from rainfusion.core.problem import AttentionProblem
 from rainfusion.distributed.agreement import Lengths, agree, raise_together
 from rainfusion.distributed.by_tokens import ByTokens
 from rainfusion.distributed.call import Call
-from rainfusion.distributed.ranks import Ranks
+from rainfusion.distributed.ranks import DistributedError, MeshRanks, Ranks
+from rainfusion.distributed.shards import Shards, shards_of
 from rainfusion.distributed.ulysses import Ulysses
 
-METHODS = ("ulysses", "gather", "ring")
+METHODS = ("ulysses", "gather", "ring", "unified")
 _MOST_KINDS = 64  # of calls that are remembered for a process group
 
 Method = Ulysses | ByTokens
@@ -53,6 +54,7 @@ def attention(
     *,
     group: Any = None,
     method: str = "ulysses",
+    balanced: bool = False,
     mask: BlockMask | None = None,
     quotas: Any = None,
     kv_lengths: Any = None,
@@ -69,11 +71,15 @@ def attention(
         q: this rank's query tokens, ``[batch, heads, tokens, head_dim]``, or ``[batch, tokens, heads, head_dim]`` for
             `bshd`. The shards of all ranks, in the order of ranks, are the sequence; they may differ in length.
         k, v: the same for keys and values.
-        group: process group or one-dimensional DeviceMesh; default: all ranks.
+        group: process group or one-dimensional DeviceMesh; default: all ranks. For ``"unified"``, a DeviceMesh of two
+            dimensions, ring and Ulysses, whose ranks row by row are those of the sequence.
         method: ``"ulysses"`` spreads heads while it attends, and takes tokens in either `order`; ``"gather"`` gathers
-            the keys and values of all ranks; ``"ring"`` passes them around, so that no rank holds all of them. The
-            last two take whole blocks in block order: `shard` makes them, and ``order="given"`` says so. With a
-            `precision`, ``"ring"`` rounds every rank's keys and values around their own mean, the others as one device.
+            the keys and values of all ranks; ``"ring"`` passes them around, so that no rank holds all of them;
+            ``"unified"`` spreads heads over the ranks of a row of a mesh, and passes keys around between the rows. The
+            last three take whole blocks in block order: `shard` makes them, and ``order="given"`` says so. With a
+            `precision`, around a ring every rank's keys and values are rounded around their own mean, otherwise as on
+            one device.
+        balanced: the shards are those of ``shard(x, layout, balanced=True)``.
         mask, quotas, kv_lengths: as in `rainfusion.attention`, of the whole sequence and the same on all ranks.
         return_lse: also return the log-sum-exp of this rank's tokens, float32 ``[batch, heads, tokens]``.
         return_mask: also return the `BlockMask` of the whole sequence.
@@ -99,7 +105,7 @@ def attention(
     ranks = Ranks.of(group)
     operands = {"mask": mask, "quotas": quotas, "kv_lengths": kv_lengths}
     wanted = {"return_lse": return_lse, "return_mask": return_mask}
-    values, notes = _attend(ranks, method, (q, k, v), settings, operands, wanted, backend)
+    values, notes = _attend(ranks, method, balanced, (q, k, v), settings, operands, wanted, backend)
     for note, category in notes:
         warn_caller(note, category)
     return values[0] if len(values) == 1 else tuple(values)
@@ -109,6 +115,7 @@ def attention(
 def _attend(
     ranks: Ranks,
     method: str,
+    balanced: bool,
     tensors: tuple[Tensor, Tensor, Tensor],
     settings: Mapping[str, Any],
     operands: Mapping[str, Any],
@@ -119,13 +126,16 @@ def _attend(
     asked: Call | Exception
     record: dict[str, str] = {}
     try:
-        one_of(method, METHODS, "method", ProblemError)
+        _check_method(method, ranks)
+        as_flag(balanced, "balanced", ProblemError)
         asked = _asked(ranks, tensors, settings, operands, wanted, backend)
         operands = {**operands, "quotas": None if operands["quotas"] is None else _numbers(operands["quotas"])}
-        record = _record(method, asked, operands, tensors[0].device.type)
+        if balanced and asked.settings.order != "given":
+            raise ProblemError("balanced=True is about shards in block order; say order='given', too")
+        record = {**_record(method, asked, operands, tensors[0].device.type), "balanced": repr(balanced)}
     except Exception as failure:
         asked = failure
-    run = _agreed(ranks, method, asked, record, tensors[0])
+    run = _agreed(ranks, method, balanced, asked, record, tensors[0])
     whole, notes = run.call.whole
     if operands["mask"] is not None and (objection := whole.objection(operands["mask"])):
         raise MaskError(objection)
@@ -166,14 +176,25 @@ def _asked(
     return Call(
         ranks,
         shard,
-        (shard.q_len,),
-        (shard.kv_len,),
+        Shards.in_turn((shard.q_len,)),
+        Shards.in_turn((shard.kv_len,)),
         said,
         _policy(said, operands),
         frozenset(name for name, value in operands.items() if value is not None),
         ("%out", *(("%lse",) if lse else ()), *(("%mask",) if mask else ())),
         backend,
     )
+
+
+def _check_method(method: str, ranks: Ranks) -> None:
+    one_of(method, METHODS, "method", ProblemError)
+    is_mesh = isinstance(ranks, MeshRanks)
+    if (method == "unified") != is_mesh:
+        raise DistributedError(
+            f"method={method!r} was given a group of {'two dimensions' if is_mesh else 'one dimension'}; "
+            "method='unified' takes a DeviceMesh of two, as init_device_mesh('cuda', (2, 4), mesh_dim_names=('ring', "
+            "'ulysses')), other methods one of its dimensions, as mesh['ulysses']"
+        )
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:
@@ -232,7 +253,9 @@ def _described(given: Any) -> str:
     return f"given, {_numbers(given).dtype} {tuple(_numbers(given).shape)}"
 
 
-def _agreed(ranks: Ranks, method: str, asked: Call | Exception, record: Mapping[str, str], like: Any) -> Method:
+def _agreed(
+    ranks: Ranks, method: str, balanced: bool, asked: Call | Exception, record: Mapping[str, str], like: Any
+) -> Method:
     """What runs this call: settled among the ranks, now or for an equal call.
 
     Args:
@@ -252,7 +275,7 @@ def _agreed(ranks: Ranks, method: str, asked: Call | Exception, record: Mapping[
         return found[1]
     error, run = None, None
     try:
-        run = _prepare(method, asked, lengths, like)
+        run = _prepare(method, balanced, asked, lengths, like)
     except Exception as failure:
         error = failure
     raise_together(ranks, error)
@@ -262,11 +285,12 @@ def _agreed(ranks: Ranks, method: str, asked: Call | Exception, record: Mapping[
     return run
 
 
-def _prepare(method: str, asked: Call, lengths: Lengths, like: Tensor) -> Method:
+def _prepare(method: str, balanced: bool, asked: Call, lengths: Lengths, like: Tensor) -> Method:
     """Plan and lower, so that what cannot be done is known before tensors travel."""
-    q_lengths, kv_lengths = zip(*lengths, strict=True)
-    call = replace(asked, q_lengths=q_lengths, kv_lengths=kv_lengths)
-    run = Ulysses(call) if method == "ulysses" else ByTokens(call, ring=method == "ring")
+    layout = asked.settings.layout()
+    q, kv = (shards_of(side, layout, balanced=balanced) for side in zip(*lengths, strict=True))
+    call = replace(asked, q_shards=q, kv_shards=kv)
+    run = Ulysses(call) if method in ("ulysses", "unified") else ByTokens(call, ring=method == "ring")
     for plan in run.plans:
         call.executable(plan, like)
     return run

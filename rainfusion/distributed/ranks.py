@@ -5,7 +5,7 @@ All of them take pieces of different sizes, and start before they wait: what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Ranks:
 
     @classmethod
     def of(cls, group: Any = None) -> Ranks:
-        """The ranks of a process group or of a one-dimensional DeviceMesh; the default group for None.
+        """The ranks of a process group or a DeviceMesh of one or two dimensions; the default group for None.
 
         Raises:
             DistributedError: torch.distributed is not there or not initialised, or this process is not in the group.
@@ -51,9 +51,12 @@ class Ranks:
                 "torch.distributed.init_process_group first"
             )
         if isinstance(group, DeviceMesh):
+            if group.ndim == 2:
+                return MeshRanks.of_mesh(group)
             if group.ndim != 1:
                 raise DistributedError(
-                    f"group is a DeviceMesh of {group.ndim} dimensions; give one of them, as mesh['ulysses']"
+                    f"group is a DeviceMesh of {group.ndim} dimensions; give one of them, as mesh['ulysses'], or two, "
+                    "as mesh['ring', 'ulysses']"
                 )
             group = group.get_group()
         found = dist.group.WORLD if group is None else group
@@ -109,50 +112,47 @@ class Ranks:
 
         return wait
 
-    def around(self, mine: Tensor, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Tensor]]:
-        """The tensors of all ranks one after the other, as (rank, tensor), this rank's own first.
-
-        The next one travels around the ring of ranks while the caller works on the one that it has, the first of them
-        from now on.
-
-        Args:
-            shapes: the shape of every rank's tensor.
-        """
-        held = mine.contiguous()
-        return self._arriving(held, self._pass_on(held, self.rank, shapes), shapes)
-
-    def _arriving(
-        self, held: Tensor, wait: Wait | None, shapes: Sequence[tuple[int, ...]]
-    ) -> Iterator[tuple[int, Tensor]]:
-        owner = self.rank
-        yield owner, held
-        while wait is not None:
-            held, owner = wait(), (owner - 1) % self.world
-            wait = self._pass_on(held, owner, shapes)
-            yield owner, held
-
-    def _pass_on(self, held: Tensor, owner: int, shapes: Sequence[tuple[int, ...]]) -> Wait | None:
-        """Start to send what this rank holds to the next one, and to receive; None where this rank has seen all."""
-        coming = (owner - 1) % self.world
-        if coming == self.rank:
-            return None
-        arriving = held.new_empty(shapes[coming])
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, held, self._peer(self.rank + 1), self.group),
-                dist.P2POp(dist.irecv, arriving, self._peer(self.rank - 1), self.group),
-            ]
-        )
-
-        def wait() -> Tensor:
-            for work in works:
-                work.wait()
-            return arriving
-
-        return wait
-
-    def _peer(self, rank: int) -> int:
+    def peer(self, rank: int) -> int:
+        """The number that torch.distributed has for a rank of this group."""
         return int(dist.get_global_rank(self.group, rank % self.world))
+
+
+@dataclass(frozen=True)
+class MeshRanks(Ranks):
+    """The ranks of a mesh of two dimensions, row by row: the ring goes through the rows, Ulysses within each."""
+
+    ring: Ranks
+    ulysses: Ranks
+
+    @classmethod
+    def of_mesh(cls, mesh: DeviceMesh) -> MeshRanks:
+        """The ranks of a mesh (ring, ulysses).
+
+        Raises:
+            DistributedError: dimensions of other names, or this process is not in it.
+        """
+        names = mesh.mesh_dim_names
+        if names is not None and tuple(names) != ("ring", "ulysses"):
+            raise DistributedError(
+                f"group is a DeviceMesh of {' and '.join(names)}; give one of the two, or a mesh of ring and ulysses, "
+                "in this order"
+            )
+        if mesh.get_coordinate() is None:
+            raise DistributedError("this process is not in the DeviceMesh; call it on the ranks of the mesh alone")
+        ring, ulysses = (Ranks.of(mesh.get_group(dimension)) for dimension in (0, 1))
+        return cls(mesh, ring.rank * ulysses.world + ulysses.rank, ring.world * ulysses.world, ring, ulysses)
+
+    def gather_objects(self, given: Any) -> list[Any]:
+        """What every rank gave, in the order of ranks."""
+        rows = self.ring.gather_objects(self.ulysses.gather_objects(given))
+        return [found for row in rows for found in row]
+
+    def all_gather(self, x: Tensor, lengths: Sequence[int], axis: int) -> Wait:
+        """The tensors of all ranks, joined along an axis of which rank i has ``lengths[i]``."""
+        width = self.ulysses.world
+        rows = [lengths[i : i + width] for i in range(0, self.world, width)]
+        row = self.ulysses.all_gather(x, rows[self.ring.rank], axis)()
+        return self.ring.all_gather(row, [sum(row) for row in rows], axis)
 
 
 def _size(shape: tuple[int, ...]) -> int:

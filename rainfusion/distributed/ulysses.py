@@ -15,20 +15,41 @@ from torch import Tensor
 from rainfusion.core.mask import BlockMask
 from rainfusion.core.plan import Plan
 from rainfusion.core.policies import Fixed
+from rainfusion.distributed.by_tokens import ByTokens
 from rainfusion.distributed.call import Call, run
 from rainfusion.distributed.heads import Heads, OfHeads, deal
-from rainfusion.distributed.ranks import DistributedError
+from rainfusion.distributed.ranks import DistributedError, MeshRanks, Wait
+from rainfusion.distributed.shards import Shards
+
+
+class Alone:
+    """Attention to the whole sequence on one device."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self.plans = call.plan(call.shard, call.policy, call.returns)[:1]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> list[Any]:
+        """The values that the call returns."""
+        return [*run(self._call.executable(self.plans[0], q), {"q": q, "k": k, "v": v, **operands})]
 
 
 class Ulysses:
     """Attention whose heads are spread over the ranks while it runs.
 
+    With a `MeshRanks`, heads are spread over the ranks of a row of the mesh, and the rows are a ring.
+
     Raises:
-        DistributedError: fewer heads than ranks.
+        ProblemError, DistributedError: fewer heads than ranks; with a ring, as `ByTokens`.
     """
 
     def __init__(self, call: Call) -> None:
-        problem, world, rank = call.problem, call.ranks.world, call.ranks.rank
+        ranks = call.ranks
+        self._ranks = ranks.ulysses if isinstance(ranks, MeshRanks) else ranks
+        world, rank = self._ranks.world, self._ranks.rank
+        first = ranks.rank - rank
+        self._q, self._kv = (shards.part(first, world) for shards in (call.q_shards, call.kv_shards))
+        problem = replace(call.problem, q_len=sum(self._q.lengths), kv_len=sum(self._kv.lengths))
         if problem.heads < world:
             raise DistributedError(
                 f"{problem.heads} heads cannot be spread over {world} ranks; use at most {problem.heads} ranks, or "
@@ -43,8 +64,15 @@ class Ulysses:
         self._heads = tuple(tuple(h * group + i for h in heads for i in range(group)) for heads in self._kv_heads)
         mine = self._heads[rank]
         policy = Fixed() if "mask" in call.given else OfHeads(call.policy, problem.heads, mine)
-        local = replace(problem, heads=len(mine), kv_heads=len(self._kv_heads[rank]))
-        self._plan = call.plan(local, policy, call.returns)[0]
+        shard = replace(problem, heads=len(mine), kv_heads=len(self._kv_heads[rank]))
+        local = replace(call, shard=shard, policy=policy)
+        self._attend: Alone | ByTokens
+        if isinstance(ranks, MeshRanks):
+            q_rows, kv_rows = (shards.joined(world) for shards in (call.q_shards, call.kv_shards))
+            local = replace(local, ranks=ranks.ring, q_shards=q_rows, kv_shards=kv_rows)
+            self._attend = ByTokens(local, ring=True)
+        else:
+            self._attend = Alone(local)
 
     def _costs(self, kv_heads: int) -> list[int]:
         """Blocks that every key head's query heads keep, where planning knows them; otherwise all cost the same."""
@@ -56,7 +84,7 @@ class Ulysses:
     @property
     def plans(self) -> tuple[Plan, ...]:
         """What this rank runs."""
-        return (self._plan,)
+        return self._attend.plans
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> list[Any]:
         """The values that the call returns, of this rank's tokens; the mask is that of all heads."""
@@ -64,15 +92,15 @@ class Ulysses:
         if self._copies > 1:
             k, v = (x.repeat_interleave(self._copies, dim=call.head_axis) for x in (k, v))
         started = [
-            self._to_heads(x, heads, lengths)
-            for x, heads, lengths in (
-                (q, self._heads, call.q_lengths),
-                (k, self._kv_heads, call.kv_lengths),
-                (v, self._kv_heads, call.kv_lengths),
+            self._to_heads(x, heads, shards)
+            for x, heads, shards in (
+                (q, self._heads, self._q),
+                (k, self._kv_heads, self._kv),
+                (v, self._kv_heads, self._kv),
             )
         ]
         q, k, v = (wait() for wait in started)
-        values = run(call.executable(self._plan, q), {"q": q, "k": k, "v": v, **self._of_my_heads(operands)})
+        values = self._attend(q, k, v, self._of_my_heads(operands))
         named = dict(zip(call.returns, values, strict=True))
         waits = {"%out": self._to_tokens(named["%out"], call.head_axis, call.token_axis)}
         if "%lse" in named:
@@ -82,20 +110,21 @@ class Ulysses:
             found["%mask"] = self._of_all_heads(named["%mask"])
         return [found[name] for name in call.returns]
 
-    def _to_heads(self, x: Tensor, heads: Sequence[Heads], lengths: Sequence[int]) -> Any:
+    def _to_heads(self, x: Tensor, heads: Sequence[Heads], shards: Shards) -> Wait:
         """Start to exchange this rank's tokens of all heads for all tokens of its heads."""
-        call = self.call
-        pieces = [_taken(x, theirs, call.head_axis) for theirs in heads]
-        shapes = [_resized(x, {call.head_axis: len(heads[call.ranks.rank]), call.token_axis: n}) for n in lengths]
-        return call.ranks.all_to_all(pieces, shapes, call.token_axis)
+        head_axis, token_axis, mine = self.call.head_axis, self.call.token_axis, len(heads[self._ranks.rank])
+        pieces = [_taken(x, theirs, head_axis) for theirs in heads]
+        shapes = [_resized(x, {head_axis: mine, token_axis: length}) for length in shards.lengths]
+        arrived = self._ranks.all_to_all(pieces, shapes, token_axis)
+        return lambda: shards.to_sequence(arrived(), token_axis)
 
-    def _to_tokens(self, x: Tensor, head_axis: int, token_axis: int) -> Any:
+    def _to_tokens(self, x: Tensor, head_axis: int, token_axis: int) -> Wait:
         """Start the way back."""
-        call = self.call
-        pieces = torch.split(x, list(call.q_lengths), dim=token_axis)
-        mine = call.q_lengths[call.ranks.rank]
+        lengths = self._q.lengths
+        pieces = torch.split(self._q.to_ranks(x, token_axis), list(lengths), dim=token_axis)
+        mine = lengths[self._ranks.rank]
         shapes = [_resized(x, {head_axis: len(heads), token_axis: mine}) for heads in self._heads]
-        arrived = call.ranks.all_to_all(pieces, shapes, head_axis)
+        arrived = self._ranks.all_to_all(pieces, shapes, head_axis)
         return lambda: self._in_order(arrived(), head_axis)
 
     def _in_order(self, x: Tensor, axis: int) -> Tensor:
@@ -105,7 +134,7 @@ class Ulysses:
 
     def _of_my_heads(self, operands: Mapping[str, Any]) -> dict[str, Any]:
         """The operands that are given at call time, of this rank's heads."""
-        mine, cut = self._heads[self.call.ranks.rank], dict(operands)
+        mine, cut = self._heads[self._ranks.rank], dict(operands)
         mask, quotas = operands["mask"], operands["quotas"]
         if mask is not None:
             blocks = _taken(mask.blocks, mine, 1).contiguous()
@@ -117,7 +146,7 @@ class Ulysses:
     def _of_all_heads(self, mask: BlockMask) -> BlockMask:
         call = self.call
         counts = [len(heads) for heads in self._heads]
-        blocks = call.ranks.all_gather(mask.blocks.to(torch.uint8), counts, 1)()
+        blocks = self._ranks.all_gather(mask.blocks.to(torch.uint8), counts, 1)()
         return BlockMask(
             self._in_order(blocks, 1).to(torch.bool), mask.q_len, mask.kv_len, mask.block, call.settings.layout()
         )

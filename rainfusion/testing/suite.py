@@ -8,6 +8,7 @@ from rainfusion.testing.cases import Case
 from rainfusion.testing.contract import Contract
 from rainfusion.testing.huge import Huge
 from rainfusion.testing.level import Level, Note, check
+from rainfusion.testing.pieces import Pieces
 from rainfusion.testing.target import Target
 
 
@@ -31,7 +32,7 @@ class Cases(Level):
 
 
 @pytest.mark.kit
-class ConformanceSuite(Contract, Cases, Huge):
+class ConformanceSuite(Contract, Cases, Pieces, Huge):
     """Everything a backend must do.
 
         class TestAcme(ConformanceSuite):

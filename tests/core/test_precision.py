@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import rainfusion
-from rainfusion import AttentionProblem, BlockMask, Fixed, Plan, TokenLayout, TopK, lower, passes, plan
+from rainfusion import AttentionProblem, BlockMask, Fixed, Plan, TokenLayout, TopK, TopP, lower, passes, plan
 from rainfusion.core import ops
 from rainfusion.core.errors import PlanFormatError, ProblemError, SparsityWarning, SpeedWarning
 from rainfusion.core.ops.rounding import hadamard, to_e4m3
@@ -285,6 +286,56 @@ def test_merging_two_halves_of_the_keys_is_the_whole(rng):
     out, lse = rainfusion.merge(*halves[0], *halves[1])
     assert relative(out, exact) < 1.5 * relative(whole, exact)
     np.testing.assert_allclose(lse, exact_lse, atol=0.02)
+
+
+@st.composite
+def tasks(draw):
+    """Grids, text, blocks of two sizes, grouped heads, two lengths, both tensor layouts, lengths of samples."""
+    block = draw(st.sampled_from([8, (8, 4), (4, 16)]))
+    grid = draw(st.none() | st.tuples(st.integers(1, 3), st.integers(2, 6), st.integers(2, 6)))
+    layout = TokenLayout(grid, draw(st.integers(0, 9)) if grid else 0, block=block, sink=None)
+    own, other = layout.length or draw(st.integers(8, 60)), draw(st.integers(8, 60))
+    q_len, kv_len = draw(st.sampled_from([(own, own), (own, other), (other, own)]))
+    heads, kv_heads = draw(st.sampled_from([(2, 2), (4, 2)]))
+    dtype, tensor_layout = draw(st.sampled_from(["float32", "float64"])), draw(st.sampled_from(["bhsd", "bshd"]))
+    problem = AttentionProblem(2, heads, q_len, kv_len, 16, dtype, kv_heads, None, tensor_layout)
+    settings = {
+        "policy": draw(st.sampled_from([TopK(0), TopK(0.5), TopP(0.7)])),
+        "omitted": draw(st.sampled_from(["drop", "summary"])),
+        "kv_lengths": draw(st.booleans()),
+        "returns": ("%out", "%lse", "%mask"),
+    }
+    in_8_bits = {"precision": draw(st.sampled_from(PRECISIONS)), "rotate": draw(st.booleans())}
+    return problem, layout, settings, in_8_bits, draw(st.integers(0, kv_len))
+
+
+@settings(max_examples=60)
+@given(tasks())
+def test_any_problem_comes_close_to_exact_attention(task):
+    problem, layout, own, in_8_bits, length = task
+    rng = np.random.default_rng(5)
+    tensors = [rng.standard_normal(s).astype(problem.dtype) for s in (problem.q_shape, *[problem.kv_shape] * 2)]
+    exact, rounded = quietly(problem, layout, **own), quietly(problem, layout, **own, **in_8_bits)
+    assert Plan.from_json(rounded.to_json()) == rounded
+    given = {"kv_lengths": np.array([problem.kv_len, length])} if exact.takes("%kv_lengths") else {}
+    out, lse, mask = lower(exact, backend="reference")(*tensors, **given)
+    for backend in ("reference", "torch"):
+        out8, lse8, mask8 = lower(rounded, backend=backend, device="cpu")(*tensors, **given)
+        np.testing.assert_array_equal(np.asarray(mask8.blocks), np.asarray(mask.blocks))
+        assert relative(out8, out) < {"int8": 0.04, "fp8": 0.08}[in_8_bits["precision"]]
+        assert out8.dtype == out.dtype
+        np.testing.assert_array_equal(np.isinf(lse8), np.isinf(lse))
+        finite = np.isfinite(lse)
+        np.testing.assert_allclose(lse8[finite], lse[finite], atol=0.2)
+
+
+@pytest.mark.parametrize("centre", ["%kb", "%q"])
+def test_a_centre_of_another_shape_is_refused(centre):
+    planned = plan(AttentionProblem(1, 2, 64, 64, 16), TokenLayout(block=8), TopK(0.5), precision="fp8")
+    attend = planned.find(ops.AttendQuantised)
+    wrong = tuple(replace(op, centre=centre) if op is attend else op for op in planned.ops)
+    with pytest.raises(PlanFormatError, match="one number a channel is float32"):
+        replace(planned, ops=wrong)
 
 
 # -- plans and passes --------------------------------------------------------------------------------

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import rainfusion
+from tests.distributed.workers import BACKEND, DEVICE
+
+_ON_GPUS = {"float32": "bfloat16", "float64": "float16"}  # whose units multiply matrices of 16 bits
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Case:
 
     Args:
         uneven: shards in the order of the sequence, cut at uneven places; only Ulysses takes them.
-        operands: which of mask and quotas are given.
+        operand: which of mask and quotas is given.
+        balanced: as for `shard`.
     """
 
     method: str = "ulysses"
@@ -46,9 +51,17 @@ class Case:
     tensor_layout: str = "bhsd"
     dtype: str = "float32"
     uneven: bool = False
+    balanced: bool = False
     operand: str | None = None
+    head_dim: int = 8
     precision: str | None = None
     rotate: bool = False
+
+    @property
+    def computes_in(self) -> str:
+        """The dtype of the tensors where this run computes."""
+        found = _ON_GPUS.get(self.dtype, self.dtype) if DEVICE == "cuda" else self.dtype
+        return "float32" if BACKEND == "triton" and found == "float64" else found
 
     @property
     def layout(self) -> rainfusion.TokenLayout:
@@ -77,7 +90,7 @@ class Case:
 
         kept = rng.random((self.batch, self.heads, *blocks)) < 0.3
         size = self.layout.block
-        return rainfusion.BlockMask(torch.from_numpy(kept), self.length, self.length, size, self.layout)
+        return rainfusion.BlockMask(torch.from_numpy(kept).to(DEVICE), self.length, self.length, size, self.layout)
 
     @property
     def length(self) -> int:
@@ -88,12 +101,14 @@ class Case:
         return 2 if self.tensor_layout == "bhsd" else 1
 
     def tensors(self) -> list[Any]:
-        """q, k and v of the whole sequence."""
+        """q, k and v of the whole sequence, where this run computes."""
         import torch
 
-        generator = torch.Generator().manual_seed(0)
-        shapes = [(self.batch, heads, self.length, 8) for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        tensors = [torch.randn(shape, generator=generator).to(getattr(torch, self.dtype)) for shape in shapes]
+        generator, dtype = torch.Generator().manual_seed(0), getattr(torch, self.computes_in)
+        shapes = [
+            (self.batch, heads, self.length, self.head_dim) for heads in (self.heads, self.kv_heads, self.kv_heads)
+        ]
+        tensors = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
         return tensors if self.tensor_layout == "bhsd" else [x.transpose(1, 2).contiguous() for x in tensors]
 
 
@@ -106,14 +121,14 @@ class Result(NamedTuple):
 
 
 def as_result(case: Case, out: Any, lse: Any, mask: rainfusion.BlockMask) -> Result:
-    out = out.double().numpy()
-    return Result(
-        out if case.tensor_layout == "bhsd" else out.swapaxes(1, 2), lse.double().numpy(), mask.blocks.numpy()
-    )
+    out = out.double().cpu().numpy()
+    bhsd = out if case.tensor_layout == "bhsd" else out.swapaxes(1, 2)
+    return Result(bhsd, lse.double().cpu().numpy(), mask.blocks.cpu().numpy())
 
 
 def on_one_device(case: Case) -> Result:
-    return as_result(case, *rainfusion.attention(*case.tensors(), return_lse=True, return_mask=True, **case.settings))
+    call = {"return_lse": True, "return_mask": True, "backend": BACKEND}
+    return as_result(case, *rainfusion.attention(*case.tensors(), **call, **case.settings))
 
 
 def on_one_device_in_float64(case: Case, mask: np.ndarray) -> Result:
@@ -124,7 +139,7 @@ def on_one_device_in_float64(case: Case, mask: np.ndarray) -> Result:
     settings["mask"] = rainfusion.BlockMask(
         torch.from_numpy(mask), case.length, case.length, case.layout.block, case.layout
     )
-    tensors = [x.double() for x in case.tensors()]
+    tensors = [x.double().cpu() for x in case.tensors()]
     return as_result(case, *rainfusion.attention(*tensors, return_lse=True, return_mask=True, **settings))
 
 
@@ -134,17 +149,43 @@ def on_ranks(group: Any, case: Case) -> Result:
 
     import rainfusion.distributed as rd
 
-    members = group if isinstance(group, dist.ProcessGroup) else group.get_group()
-    axis, world, rank = case.token_axis, dist.get_world_size(members), dist.get_rank(members)
+    if case.method == "unified" and isinstance(group, dist.ProcessGroup):
+        world = dist.get_world_size(group)
+        group = mesh_of((world // 2, 2) if world % 2 == 0 else (1, world))
+    axis, world, rank = case.token_axis, *counted(group)
     if case.uneven:
         cuts = [case.length * i * i // world**2 + (i > 0) * (world - i) for i in range(world + 1)]
         shards = [x.narrow(axis, cuts[rank], cuts[rank + 1] - cuts[rank]) for x in case.tensors()]
         layout, order = rainfusion.TokenLayout(block=case.block), "window"
     else:
-        shards = [rd.shard(x, case.layout, group=group, axis=axis) for x in case.tensors()]
+        shards = [rd.shard(x, case.layout, group=group, axis=axis, balanced=case.balanced) for x in case.tensors()]
         layout, order = case.layout, "given"
-    call = {"group": group, "method": case.method, "order": order, "return_lse": True, "return_mask": True}
+    spread: dict[str, Any] = {"group": group, "balanced": case.balanced}
+    call = {**spread, "method": case.method, "order": order, "return_lse": True, "return_mask": True}
+    call["backend"] = BACKEND
     out, lse, mask = rd.attention(*shards, **call, **case.settings)
     assert (out.shape, out.dtype) == (shards[0].shape, shards[0].dtype)
-    whole = rd.unshard(out, layout, group=group, axis=axis), rd.unshard(lse, layout, group=group)
+    whole = rd.unshard(out, layout, axis=axis, **spread), rd.unshard(lse, layout, **spread)
     return as_result(case, *whole, mask)
+
+
+def on_a_mesh(_: Any, case: Case, shape: tuple[int, int]) -> Result | None:
+    """As `on_ranks`, on a mesh of ring and Ulysses of the first processes; None on others. All processes call it."""
+    mesh = mesh_of(shape)
+    return None if mesh.get_coordinate() is None else on_ranks(mesh, case)
+
+
+@cache
+def mesh_of(shape: tuple[int, int]) -> Any:
+    """A mesh of ring and Ulysses of the first processes."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh(DEVICE, np.arange(np.prod(shape)).reshape(shape).tolist(), mesh_dim_names=("ring", "ulysses"))
+
+
+def counted(group: Any) -> tuple[int, int]:
+    """How many ranks there are, and which this one is."""
+    from rainfusion.distributed.ranks import Ranks
+
+    ranks = Ranks.of(group)
+    return ranks.world, ranks.rank

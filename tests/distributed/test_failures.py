@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import rainfusion
-from tests.distributed.workers import Workers
+from tests.distributed.workers import Workers, on_the_cpu
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, on_the_cpu]
 
 LAYOUT = rainfusion.TokenLayout((1, 4, 16), block=4, sink=None)
 SETTINGS = {"grid": (1, 4, 16), "block": 4, "sink": None}
@@ -117,6 +117,42 @@ def one_wants_a_gradient(group: Any) -> Any:
     return call(group, tensors(requires_grad=rank_of(group) == 1))
 
 
+def a_mesh_of(names: tuple[str, str]) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+
+
+def unified_without_a_mesh(group: Any) -> Any:
+    return call(group, method="unified", order="given")
+
+
+def a_mesh_without_unified(_: Any) -> Any:
+    return call(a_mesh_of(("ring", "ulysses")), tensors(tokens=16), method="ring", order="given")
+
+
+def a_mesh_of_other_names(_: Any) -> Any:
+    return call(a_mesh_of(("ulysses", "ring")), tensors(tokens=16), method="unified", order="given")
+
+
+def one_of_a_mesh_fails(_: Any) -> Any:
+    mesh = a_mesh_of(("ring", "ulysses"))
+    sparsity = 0.5 + (mesh.get_rank() == 2)
+    return call(mesh, tensors(tokens=16), method="unified", order="given", sparsity=sparsity)
+
+
+def other_balance(group: Any) -> Any:
+    return call(group, method="gather", order="given", balanced=rank_of(group) == 1)
+
+
+def balanced_in_another_order(group: Any) -> Any:
+    return call(group, balanced=True)
+
+
+def balanced_by_hand(group: Any) -> Any:
+    return call(group, tensors(tokens=28 + 8 * rank_of(group)), balanced=True, method="ring", order="given")
+
+
 def no_group(group: Any) -> Any:
     return call("all of them")
 
@@ -132,6 +168,11 @@ def masks_of_another_problem(group: Any) -> Any:
     return call(group, mask=mask, method="gather", order="given")
 
 
+MESHES: dict[Callable[[Any], Any], str] = {
+    a_mesh_without_unified: "method='ring' was given a group of two dimensions; method='unified' takes",
+    a_mesh_of_other_names: "group is a DeviceMesh of ulysses and ring; give one of the two, or a mesh of ring and",
+    one_of_a_mesh_fails: "sparsity=1.5",
+}
 DISAGREE = "the ranks disagree: "
 EVERYWHERE: dict[Callable[[Any], Any], str] = {
     other_sparsity: f"{DISAGREE}sparsity is 0.5 on rank 0 and 0.75 on rank 1; policy is TopK",
@@ -147,6 +188,10 @@ EVERYWHERE: dict[Callable[[Any], Any], str] = {
     unknown_argument: "sparsty is not an argument; choose from grid",
     too_few_blocks: "4 tokens are 1 blocks of 4, too few for 2 ranks; use at most 1 ranks",
     other_shards: f"{DISAGREE}x is torch.float32 [1, 1, 8] without axis 2 on rank 0 and",
+    unified_without_a_mesh: "method='unified' was given a group of one dimension; method='unified' takes",
+    other_balance: f"{DISAGREE}balanced is False on rank 0 and True on rank 1. Give",
+    balanced_in_another_order: "balanced=True is about shards in block order; say order='given', too",
+    balanced_by_hand: "balanced shards have 32, 32 tokens, not 28, 36; make them with",
     no_group: "group='all of them' is no process group of this process",
     quotas_of_another_shape: "quotas is int64 (1, 3); give integers",
     masks_of_another_problem: "the mask is of another problem",
@@ -165,6 +210,14 @@ def test_every_rank_raises(workers: Workers, function: Callable[[Any], Any]) -> 
     for error in workers(2, function):
         assert isinstance(error, rainfusion.RainfusionError)
         assert EVERYWHERE[function] in str(error)
+    assert_still_usable(workers)
+
+
+@pytest.mark.parametrize("function", MESHES, ids=lambda function: function.__name__)
+def test_every_rank_of_a_mesh_raises(workers: Workers, function: Callable[[Any], Any]) -> None:
+    for error in workers(4, function):
+        assert isinstance(error, rainfusion.RainfusionError)
+        assert MESHES[function] in str(error)
     assert_still_usable(workers)
 
 

@@ -1,4 +1,8 @@
-"""Four processes of one group on gloo, which run functions of tests; nothing in here can wait without end."""
+"""Four processes of one group, which run functions of tests; nothing in here can wait without end.
+
+On the CPU with gloo; with ``RAINFUSION_TEST_DEVICE=cuda`` on GPUs with NCCL, a process a GPU and at most four.
+``RAINFUSION_TEST_BACKEND`` names the backend that computes: Triton's on GPUs, otherwise the one that is chosen.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,27 @@ from typing import Any
 
 import pytest
 
-WORLD = 4
-_SECONDS = 60.0  # for a function on all ranks; the first one waits until every process has imported torch
+DEVICE = os.environ.get("RAINFUSION_TEST_DEVICE", "cpu")
+BACKEND = os.environ.get("RAINFUSION_TEST_BACKEND", "triton" if DEVICE == "cuda" else "") or None
+
+
+def _most() -> int:
+    if DEVICE == "cpu":
+        return 4
+    if DEVICE != "cuda":
+        raise pytest.UsageError(f"RAINFUSION_TEST_DEVICE is {DEVICE!r}; give cpu or cuda")
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < 2:
+        raise pytest.UsageError(f"RAINFUSION_TEST_DEVICE=cuda needs two GPUs or more; there are {found}")
+    return min(found, 4)
+
+
+WORLD = _most()
+on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="computes on the CPU")
+# For a function on all ranks; the first one waits until every process has imported torch, and kernels are compiled.
+_SECONDS = 60.0 if DEVICE == "cpu" else 300.0
 
 
 class Failed(Exception):
@@ -27,15 +50,16 @@ class Workers:
 
     Args:
         rendezvous: a file that does not exist yet.
+        most: how many processes there are.
     """
 
-    def __init__(self, rendezvous: Path) -> None:
+    def __init__(self, rendezvous: Path, most: int = WORLD) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed", "rainfusion.distributed"])  # imported once for all
         self._processes, self._pipes = [], []
-        for rank in range(WORLD):
+        for rank in range(most):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, str(rendezvous)), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, most, str(rendezvous)), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -71,8 +95,9 @@ class Workers:
             process.join(5)
 
 
-def _serve(pipe: Connection, rank: int, rendezvous: str) -> None:
-    os.environ["RAINFUSION_DISABLED_PLUGINS"] = "openvino,torch_npu,triton"  # slow to import, and of no use here
+def _serve(pipe: Connection, rank: int, most: int, rendezvous: str) -> None:
+    unused = {"openvino", "torch_npu", "triton"} - {BACKEND}  # slow to import
+    os.environ["RAINFUSION_DISABLED_PLUGINS"] = ",".join(sorted(unused))
     import torch
     import torch.distributed as dist
 
@@ -83,10 +108,17 @@ def _serve(pipe: Connection, rank: int, rendezvous: str) -> None:
     warnings.simplefilter("ignore", SparsityWarning)  # small grids cannot spend a budget well
     warnings.simplefilter("ignore", SpeedWarning)  # 8 bits are emulated here
     warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)  # diffusers
+    if DEVICE == "cuda":
+        warnings.filterwarnings("ignore", module="torch.distributed")  # advice on NCCL
+        torch.cuda.set_device(rank)  # before NCCL, which takes the current device
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=_SECONDS / 2)
+        "nccl" if DEVICE == "cuda" else "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=most,
+        timeout=timedelta(seconds=_SECONDS / 2),
     )
-    groups = {world: dist.new_group(list(range(world))) for world in range(1, WORLD + 1)}
+    groups = {world: dist.new_group(list(range(world))) for world in range(1, most + 1)}
     while True:
         try:
             world, function, args = pipe.recv()
@@ -105,7 +137,7 @@ def _travels(error: Exception) -> bool:
 
 @pytest.fixture(scope="session")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    """Four processes on gloo."""
+    """Four processes of one group."""
     pytest.importorskip("torch")
     started = Workers(tmp_path_factory.mktemp("rendezvous") / "file")
     yield started

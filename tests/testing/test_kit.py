@@ -346,6 +346,24 @@ def test_a_backend_that_breaks_the_contract_fails(kit: Kit, wrong: Any) -> None:
         kit.run(test)
 
 
+@pytest.mark.parametrize(
+    ("changes", "omitted", "is_right"),
+    [
+        ({}, "drop", True),
+        ({}, "summary", True),
+        ({Attend: lse_in_base_2}, "drop", False),
+        ({Attend: empty_rows_are_nan}, "drop", False),
+        ({Attend: empty_rows_have_the_least_lse}, "drop", False),
+        ({AttendMeans: summary_without_counts}, "summary", False),
+    ],
+)
+def test_pieces_of_the_keys_are_told_from_others(kit: Kit, changes: Any, omitted: str, is_right: bool) -> None:
+    kit.announce(changes)
+    for count in (2, 4):
+        with nullcontext() if is_right else pytest.raises((AssertionError, BackendError)):
+            ConformanceSuite().test_pieces_of_the_keys(find_target("wrong"), "float32", omitted, "some_none", count)
+
+
 def test_near_ties_may_differ_and_nothing_else(kit: Kit) -> None:
     def nearly(x: Operands) -> Any:
         noise = np.random.default_rng(0).uniform(-1e-9, 1e-9, x["score"].shape).astype(x["score"].dtype)

@@ -61,9 +61,13 @@ class TritonBackend(TorchArrays):
     def kernels(self, plan: Plan, device: Device) -> Sequence[Kernel]:
         lowered = partial(build, captured=self.captured)
         kernels = [Kernel(UNDERSTOOD, lowered)]
-        if hardware.architecture(torch.device(str(device))) == "sm_90":
+        if self._is_hopper(device):
             kernels.append(Kernel(UNDERSTOOD_IN_8_BITS, lowered))
         return kernels
+
+    @staticmethod
+    def _is_hopper(device: Device) -> bool:
+        return hardware.architecture(torch.device(str(device))) == "sm_90"
 
     @contextmanager
     def running(self, device: Device) -> Iterator[None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rainfusion.backends.triton.operands import Quantised, QuantisedMeans
-from rainfusion.backends.triton.quantise_blocks import ROWS, Rounded, quantise_blocks, rotated, statistics
+from rainfusion.backends.triton.quantise_blocks import ROWS, Rounded, quantise_blocks, statistics
 from rainfusion.core.backend import Segment
 from rainfusion.core.errors import LoweringError
 from rainfusion.core.ops import AttendQuantised, BlockMean, Quantise
@@ -117,9 +117,6 @@ class EightBits:
         order = ordered(self.k.order)
         k_centre, _ = statistics(key, order, lengths, spread=False)
         v_centre, v_scale = statistics(value, order, lengths, spread=True)
-        shift_by = None
-        if self.wants_lse:
-            shift_by = rotated(k_centre) if self.k.rotated else k_centre
         q = quantise_blocks(
             values[self.q.x],
             ordered(self.q.order),
@@ -127,7 +124,7 @@ class EightBits:
             dtype,
             rotate=self.q.rotated,
             mean="q" in self.means,
-            shift_by=shift_by,
+            shift_by=k_centre if self.wants_lse else None,
         )
         k = _keys(key, order, lengths, dtype, k_centre, rotate=self.k.rotated, mean="k" in self.means)
         v = _values(value, order, lengths, v_centre, v_scale, mean="v" in self.means)

@@ -11,6 +11,7 @@ out by name.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -202,10 +203,10 @@ class Lowered:
         try:
             return self._on_kernels(values)
         except HopperUnavailableError:  # nothing else attends in 8 bits here
-            known = dict(values)
+            made: dict[str, Tensor] = {}
             for op in self._segment.ops:
-                known.update(op.evaluate(known))
-            return {name: known[name] for name in self._segment.outputs}
+                made.update(op.evaluate(ChainMap(made, values)))  # type: ignore[arg-type]
+            return {name: made[name] for name in self._segment.outputs}
 
     def _on_kernels(self, values: Values) -> dict[str, Tensor]:
         blocks = self.fold(values)

@@ -44,8 +44,8 @@ class Quantised:
             every scale 64 times, as consumers read them.
         v: float8_e4m3fn ``[B, Hkv, key blocks * D, 128]``, each block transposed, its keys in `KEY_ORDER`.
         v_scale, v_centre: float32 ``[B, Hkv, D]``.
-        lse_shift: float32 ``[B, H, q blocks * 128]``, products of queries with the centre of k; None where they are not
-            needed.
+        lse_shift: float32 ``[B, H, q blocks * 128]``, products of queries with the centre of k, before rounding; None
+            where they are not needed.
         means: what stands for omitted blocks, if these count.
     """
 

@@ -20,6 +20,7 @@ KEY_ORDER = tuple(16 * a + 8 * b + 2 * c + e for a in range(8) for c in range(4)
 """The key at every place of a block of v: the order in which a thread of wgmma holds the columns of q kᵀ."""
 
 _TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_WARPS = 8
 _CHUNK = tl.constexpr(1024)  # tokens a program of the statistics reads
 
 
@@ -32,7 +33,7 @@ class Rounded:
             last token.
         scale: float32 ``[B, H, blocks]``, or with every scale 64 times ``[B, H, blocks, 64]``; None where it was given.
         mean: float32 ``[B, H, blocks, D]``, where it was asked for.
-        shift: float32 ``[B, H, blocks * 128]``, products of the rounded tokens with a vector, where it was asked for.
+        shift: float32 ``[B, H, blocks * 128]``, products of the tokens with a vector, where it was asked for.
     """
 
     x: Tensor
@@ -114,7 +115,7 @@ def quantise_blocks(
         rotate: multiply by the Hadamard matrix of the head dim over its square root, after the centre is off.
         repeat_scale, transpose: as `Rounded` says.
         mean: also compute the mean of every block.
-        shift_by: float32 ``[B, H or fewer, D]``; also compute the product of every rounded token with it.
+        shift_by: float32 ``[B, H or fewer, D]``; also compute the product of every token with it.
     """
     batch, heads, length, dim = x.shape
     blocks = -(-length // ROWS)
@@ -150,14 +151,9 @@ def quantise_blocks(
         REPEAT=64 if repeat_scale else 1,
         TRANSPOSE=transpose,
         SPREAD=dim**0.5,
-        num_warps=8,
+        num_warps=_WARPS,
     )
     return rounded
-
-
-def rotated(x: Tensor) -> Tensor:
-    """``[..., D]`` times the Hadamard matrix over its square root, float32."""
-    return torch.matmul(x, _signs(x.shape[-1], x.device)) / float(x.shape[-1] ** 0.5)
 
 
 @lru_cache(maxsize=8)
@@ -309,6 +305,10 @@ def _quantise(
         count = tl.maximum(count, 1)  # the mean of no token is 0
         mean = tl.div_rn(tl.sum(tokens, axis=0), count.to(tl.float32))
         tl.store(means + block_of_all.to(tl.int64) * DIM + d, mean)
+    if shifts is not None:
+        kv_bh = bh // heads * (heads // group) + bh % heads // group
+        by = tl.load(shift_by + kv_bh * DIM + d)
+        tl.store(shifts + block_of_all.to(tl.int64) * 128 + place, tl.sum(tokens * by[None, :], axis=1))
     if centre is not None:
         tokens = tl.where(valid[:, None], tokens - tl.load(centre + bh * DIM + d)[None, :], 0.0)
     if rotation is not None:
@@ -328,11 +328,6 @@ def _quantise(
     if IS_INTEGER:
         tokens = tl.minimum(tl.maximum((tokens + 12582912.0) - 12582912.0, -127.0), 127.0)  # nearest, halves to even
     eight = tokens.to(rounded.dtype.element_ty)
-    if shifts is not None:
-        kv_bh = bh // heads * (heads // group) + bh % heads // group
-        by = tl.load(shift_by + kv_bh * DIM + d)
-        dot = tl.sum(eight.to(tl.float32) * by[None, :], axis=1) * scale
-        tl.store(shifts + block_of_all.to(tl.int64) * 128 + place, dot)
     into = rounded + block_of_all.to(tl.int64) * (128 * DIM)
     if TRANSPOSE:
         tl.store(into + d[:, None] * 128 + place[None, :], tl.trans(eight))

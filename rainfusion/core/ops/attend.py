@@ -72,7 +72,7 @@ class Attend(Op):
         expect((self.order is None) == (self.inverse is None), "attend takes order and inverse together")
 
     def weights(self, weights: Array, xp: Any) -> Array:
-        """The softmax weights by which values are summed, from those that are summed up: a form of it may round."""
+        """What multiplies the values, from the weights whose sum divides; operations derived from this one round it."""
         return weights
 
     def meaning(self, *operands: Array) -> Attended:
@@ -147,7 +147,7 @@ class AttendMeans(Op):
         expect((self.order is None) == (self.inverse is None), "attend_means takes order and inverse together")
 
     def weights(self, weights: Array, xp: Any) -> Array:
-        """The softmax weights by which values are summed, from those that are summed up: a form of it may round."""
+        """What multiplies the values, from the weights whose sum divides; operations derived from this one round it."""
         return weights
 
     def meaning(self, *operands: Array) -> Attended:

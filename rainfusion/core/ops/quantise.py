@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 
-from rainfusion.core.checks import as_int, one_of
+from rainfusion.core.checks import as_int, one_of, shown
 from rainfusion.core.errors import PlanFormatError
 from rainfusion.core.ops.base import Array, Op, ValueType, expect, operand, result
 from rainfusion.core.ops.means import compute_dtype, compute_name, expect_lengths, expect_order
@@ -67,7 +67,7 @@ class Quantise(Op):
         one_of(self.format, FORMATS, "format", PlanFormatError)
         for name in _FLAGS:
             flag = getattr(self, name)
-            expect(isinstance(flag, bool), f"{name}={flag!r} is neither True nor False")
+            expect(isinstance(flag, bool), f"{name}={shown(flag)} is neither True nor False")
         expect((self.block is None) == self.by_channel, "quantise takes one of block and by_channel")
         expect(self.scale is None or self.by_channel, "quantise takes a scale with by_channel alone")
         if self.block is not None:

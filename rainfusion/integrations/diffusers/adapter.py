@@ -83,6 +83,9 @@ class Adapter:
             Without it, calls with fewer queries than keys stay dense.
         processor: a class to run instead of the processor that is there; see `processors`.
         hoist: where tokens can be reordered once a forward.
+        split: how context parallelism of diffusers splits the sequence: ``"whole"`` as one tensor, ``"text_apart"`` all
+            text and all images (or video) each by itself, in two runs of `parts`. Where it is not said, only a sequence
+            of one grid may be split.
         prepare: from a forward's arguments those to change before anything else, without a change of the result.
         timestep: the forward's argument that is the noise level.
         family: of the model, for `rainfusion models`.
@@ -99,6 +102,7 @@ class Adapter:
     prefix: bool = False
     processor: type | None = None
     hoist: Hoist | None = None
+    split: str = ""
     prepare: Callable[[Arguments], Mapping[str, Any]] | None = None
     timestep: str = "timestep"
     family: str = ""
@@ -117,6 +121,7 @@ class Adapter:
                 f"parts={shown(self.parts)} is no function; give one of the model and its forward's arguments"
             )
         one_of(self.call, ("dispatch", "sdpa"), "call", UnknownModelError)
+        one_of(self.split, ("", "whole", "text_apart"), "split", UnknownModelError)
 
     def attention_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """The self-attention modules of a model by name, in the order of the model.

@@ -15,12 +15,13 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from torch import nn
 
 from rainfusion.core.errors import ProblemError, RainfusionWarning
-from rainfusion.core.layout import Grid, TokenLayout
+from rainfusion.core.layout import TokenLayout
 from rainfusion.integrations.clock import Clock, Reading
 from rainfusion.integrations.config import ConfigError, RainFusionConfig
 from rainfusion.integrations.diffusers.adapter import Adapter, UnknownModelError, adapter_of, order_of, refusal
 from rainfusion.integrations.diffusers.attention import Layer, check_degrees, forget_place, refuse_pickling
 from rainfusion.integrations.diffusers.identity import digest_of
+from rainfusion.integrations.diffusers.streams import Streams, streams_of
 from rainfusion.integrations.engine import REST, Engine, LayerParts, Parts, Rest, layout_of, settled
 from rainfusion.integrations.measure import grids_of
 from rainfusion.integrations.report import Log, Report
@@ -243,8 +244,10 @@ class Applied:
         parts = self.adapter.parts(model, arguments)
         if self._grids and isinstance(parts, tuple):
             self._look_at_grids(grids_of(parts))
-        is_split = self._is_split(parts)
-        self._order = None if is_split or isinstance(parts, str) else self._whole_order(parts, arguments)
+        streams = self._streams(parts)
+        for layer in self.layers:
+            layer.streams = streams
+        self._order = None if streams or isinstance(parts, str) else self._whole_order(parts, arguments)
         order = "window" if self._order is None else "given"
         reading = self._reading(arguments)
         if isinstance(parts, str):
@@ -258,15 +261,15 @@ class Applied:
             return None
         return bound.args[1:], bound.kwargs
 
-    def _is_split(self, parts: Parts | LayerParts | str) -> bool:
-        """Whether diffusers splits the sequence over devices in this forward.
+    def _streams(self, parts: Parts | LayerParts | str) -> Streams:
+        """What diffusers splits over devices in this forward; nothing where it splits nothing.
 
         Raises:
-            ProblemError: it splits one that cannot be put together again, or other than by heads.
+            ProblemError: it splits a sequence that cannot be put together again, or other than by heads.
         """
         config = getattr(self.model, "_parallel_config", None)
         if getattr(config, "context_parallel_config", None) is None:
-            return False
+            return ()
         check_degrees(config)
         name = type(self.model).__name__
         if self.adapter.call == "sdpa":
@@ -276,13 +279,15 @@ class Applied:
             )
         if self.engine.probe is not None:
             raise ProblemError("calibration reads all heads of a layer; run it on one device, without context parallel")
-        if not isinstance(parts, str) and (callable(parts) or [type(part) for part in parts] != [Grid]):
+        if isinstance(parts, str):
+            return (None,)
+        streams = None if callable(parts) else streams_of(parts, self.adapter.split)
+        if streams is None:
             raise ProblemError(
-                f"context parallelism splits every part of the sequence of {name} by itself, and rainfusion puts only "
-                "one video or image together again, not one with text; use it for models such as Wan, or call remove() "
-                "of the handle for dense attention"
+                f"it is not known how context parallelism splits the sequence of {name}, which has several parts; say "
+                "so in its Adapter (split=), or call remove() of the handle for dense attention"
             )
-        return True
+        return streams
 
     def _whole_order(self, parts: Parts | LayerParts, arguments: Mapping[str, Any]) -> TokenLayout | None:
         """The layout by which tokens are reordered once a forward; None where every layer does it."""

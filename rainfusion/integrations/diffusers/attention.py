@@ -29,6 +29,7 @@ from torch import Tensor
 
 from rainfusion.core.errors import ProblemError
 from rainfusion.integrations.diffusers.adapter import Adapter, key_lengths
+from rainfusion.integrations.diffusers.streams import Split, Streams, shards_of
 from rainfusion.integrations.engine import Engine, HeadRange
 
 _NAME = "rainfusion"
@@ -76,6 +77,7 @@ class Layer:
         index: its place among the model's self-attention modules.
 
     Attributes:
+        streams: of the forward under way, where its sequence is split over devices.
         place: the layer's serial number as a tensor, so that one compiled graph serves all layers.
         processor: the one that leads to rainfusion.
         on_grad: as in the configuration, for compiled code to read.
@@ -85,6 +87,7 @@ class Layer:
         self.module, self.index, self.adapter, self.engine = module, index, adapter, engine
         self.inner: Any = module.processor
         self.on_grad = engine.config.on_grad
+        self.streams: Streams = ()
         _check_processor(self.inner)
         self._number()
         self.processor = _leading_here(self)
@@ -273,10 +276,11 @@ def _split(
     if _gradient_wanted(q, k, v):
         raise ProblemError(_NO_GRADIENT_SPLIT)
     config, total = parallel_config.context_parallel_config, q.shape[2]
-    first = config._ulysses_local_rank * -(-total // config.ulysses_degree)
+    rank, ranks = config._ulysses_local_rank, config.ulysses_degree
+    split = Split(rank * -(-total // ranks), total, ranks, rank, q.shape[1])
 
     def of_some_heads(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *_: Any, **__: Any) -> Tensor:
-        return _call(q, k, v, mask, place, is_causal, scale, enable_gqa, first, total)
+        return _call(q, k, v, mask, place, is_causal, scale, enable_gqa, split)
 
     out: Tensor = _templated_context_parallel_attention(
         q,
@@ -304,8 +308,7 @@ def _call(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    first: int = 0,
-    total: int = 0,
+    split: Split | None = None,
 ) -> Tensor:
     """`_attend`, or in a graph that is being compiled, one operator that does it when the graph runs.
 
@@ -313,15 +316,15 @@ def _call(
     report counts the layer as not called.
 
     Args:
-        first, total: where heads are split over devices, the first of these heads and the number of all; else 0.
+        split: what this device has, where heads are split over devices.
     """
     if not torch.compiler.is_compiling():
-        return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa, first, total)
+        return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa, split)
     if _gradient_wanted(q, k, v) and _here.on_grad == "dense":
         call = {"attn_mask": mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         dense: Tensor = dispatch_attention_fn(q, k, v, backend=AttentionBackendName.NATIVE, **call)
         return dense
-    out: Tensor = _operator(q, k, v, mask, place, is_causal, scale, enable_gqa, first, total)
+    out: Tensor = _operator(q, k, v, mask, place, is_causal, scale, enable_gqa, [*(split or ())])
     return out
 
 
@@ -334,11 +337,14 @@ def _attend(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    first: int,
-    total: int,
+    split: Split | None,
 ) -> Tensor:
     layer, calling = _layers[int(place)], _here.place
     call = {"is_causal": is_causal, "scale": scale}
+    shards = None if split is None or len(layer.streams) < 2 else shards_of(layer.streams, q.shape[1], split)
+    if shards is not None:
+        q, k, v = (shards.to_sequence(x, 1) for x in (q, k, v))
+        mask = _in_sequence(mask, shards)
 
     def dense() -> Tensor:
         if layer.adapter.call == "sdpa":
@@ -352,8 +358,18 @@ def _attend(
         _here.place = calling
         return out
 
-    heads = HeadRange(first, first + q.shape[2], total) if total else None
-    return layer.attend(q, k, v, mask, dense, heads, **call)
+    heads = None if split is None else HeadRange(split.first, split.first + q.shape[2], split.total)
+    out = layer.attend(q, k, v, mask, dense, heads, **call)
+    return out if shards is None else shards.to_ranks(out, 1)
+
+
+def _in_sequence(mask: Any, shards: Any) -> Any:
+    """A mask of the keys of all devices, in the order of the sequence."""
+    if not isinstance(mask, Tensor):
+        return mask
+    if mask.ndim > 2 and mask.shape[-2] > 1:
+        mask = shards.to_sequence(mask, mask.ndim - 2)
+    return shards.to_sequence(mask, mask.ndim - 1)
 
 
 # -- torch's own function ------------------------------------------------------------------------------
@@ -413,11 +429,11 @@ def _operator(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    first: int,
-    total: int,
+    split: list[int],
 ) -> Tensor:
     """`_attend` as one operator of a graph; the result is contiguous, as its fake says."""
-    return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa, first, total).contiguous()
+    share = Split(*split) if split else None
+    return _attend(q, k, v, mask, place, is_causal, scale, enable_gqa, share).contiguous()
 
 
 @_operator.register_fake

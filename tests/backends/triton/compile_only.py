@@ -58,7 +58,9 @@ def main(backend: str, architecture: str) -> None:
         attend("bfloat16", 128, length=700, policy=TopK(0.4), returns=("%out", "%lse"), grid=(5, 10, 14))
         both = ("%out", "%lse")
         attend("bfloat16", 128, length=640, policy=TopK(0.5), precision="int8")
-        attend("float16", 128, length=700, policy=TopK(0.4), returns=both, omitted="summary", precision="fp8", rotate=True)
+        attend(
+            "float16", 128, length=700, policy=TopK(0.4), returns=both, omitted="summary", precision="fp8", rotate=True
+        )
         attend("float32", 64, length=640, policy=TopP(0.5), kv_lengths=True, omitted="summary", precision="int8")
     lengths: dict[str, Any] = {"quotas": True, "kv_lengths": True, "omitted": "summary"}
     attend("bfloat16", 128, length=640, policy=TopK(0.5), **lengths)

@@ -20,12 +20,16 @@ from rainfusion import AttentionProblem, BlockMask, Fixed, Hybrid, TokenLayout, 
 from rainfusion.backends.triton import attend as attend_module
 from rainfusion.backends.triton import cost, hardware, tuning
 from rainfusion.backends.triton.attend import AttentionKernel
+from rainfusion.backends.triton.backend import TritonBackend
+from rainfusion.backends.triton.eight_bits import EightBits
 from rainfusion.backends.triton.lowering import CapturedTensors, Lowered
 from rainfusion.backends.triton.tuning import CANDIDATES
-from rainfusion.core.backend import Device
+from rainfusion.core.backend import Device, Segment
 from rainfusion.core.choice import Candidate, choose
-from rainfusion.core.errors import RainfusionWarning, SpeedWarning
+from rainfusion.core.errors import LoweringError, RainfusionWarning, SpeedWarning
+from rainfusion.core.ops import Quantise
 from rainfusion.core.passes import from_means
+from rainfusion.core.stages import Stages
 from rainfusion.plugins.manager import host
 
 pytestmark = [
@@ -298,9 +302,54 @@ def test_a_triton_that_does_not_compile_the_hopper_kernel_is_told_once(monkeypat
     first, second = (replace(attend_with([CANDIDATES[0]]), hopper=broken) for _ in range(2))
     assert str(first) == "Hopper kernel"
     with pytest.warns(RainfusionWarning, match=r"does not compile the Hopper kernel .* slower.* 3\.6"):
-        first(None, None, None)  # type: ignore[arg-type]
-    second(None, None, None)  # type: ignore[arg-type]  # warnings are errors here
+        first(SimpleNamespace(quantised=None), None, None)  # type: ignore[arg-type]
+    second(SimpleNamespace(quantised=None), None, None)  # type: ignore[arg-type]  # warnings are errors here
     assert str(second) == "plain kernel"
+
+
+@pytest.mark.parametrize("settings", [{}, {"omitted": "summary", "return_lse": True}, {"rotate": True}], ids=str)
+def test_a_triton_that_does_not_compile_it_attends_in_8_bits_by_definition(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it runs but for the kernel itself: the passes that round, what is made on the way, the way out."""
+    broken = SimpleNamespace(attend_hopper=lambda *_: broken.renamed_since)
+    monkeypatch.setattr(attend_module, "_refused", set())
+    monkeypatch.setattr(attend_module, "_hopper", lambda: broken)
+    monkeypatch.setattr(TritonBackend, "_is_hopper", staticmethod(lambda device: True))
+    q, k, v = (torch.randn(1, 2, 300, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    arguments: dict[str, Any] = {"sparsity": 0.4, "sink": None, "precision": "int8", **settings}
+    rainfusion.cache.clear()
+    with pytest.warns(RainfusionWarning, match="their definitions take over"):
+        found = rainfusion.attention(q, k, v, backend="triton", **arguments)
+    again = rainfusion.attention(q, k, v, backend="triton", **arguments)
+    with pytest.warns(rainfusion.SpeedWarning):
+        defined = rainfusion.attention(q, k, v, backend="torch", **arguments)
+    rainfusion.cache.clear()
+    torch.testing.assert_close(found, defined, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again, found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"block": 64}, "scales of other blocks"),
+        ({"centred": False}, "not rounded around their mean"),
+        ({"rotated": True}, "queries and keys are rounded differently"),
+        ({"format": "e4m3"}, "queries and keys are rounded differently"),
+        ({"lengths": "%kv_lengths"}, "rounded in other blocks"),
+    ],
+    ids=str,
+)
+def test_what_is_rounded_otherwise_is_not_taken(changes: dict[str, Any], reason: str) -> None:
+    problem = AttentionProblem(1, 2, 300, 300, 64, "bfloat16")
+    plan = rainfusion.plan(problem, policy=rainfusion.Fixed(), precision="int8")
+    keys = next(op for op in plan.ops if isinstance(op, Quantise) and op.x == "%k")
+    other = replace(plan, ops=tuple(replace(op, **changes) if op is keys else op for op in plan.ops))
+    segment = Segment(other.ops, ("%q", "%k", "%v", "%mask"), ("%out",))
+    with pytest.raises(LoweringError, match=reason):
+        EightBits.of(Stages.of(segment), segment, wants_lse=False)
+    whole = Segment(plan.ops, segment.inputs, segment.outputs)
+    assert EightBits.of(Stages.of(whole), whole, wants_lse=False) is not None
 
 
 def test_large_contiguous_tensors_are_read_where_they_lie() -> None:

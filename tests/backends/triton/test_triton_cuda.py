@@ -37,6 +37,9 @@ SETTINGS = (
     {"sparsity": 0.3, "return_lse": True},
     {"sparsity": 0.3, "dtype": torch.float32},
     {"quotas": [[2] * 8], "kv_lengths": [1201], "omitted": "summary"},
+    {"sparsity": 0.3, "precision": "int8"},
+    {"sparsity": 0.3, "precision": "fp8", "rotate": True, "omitted": "summary", "return_lse": True},
+    {"kv_lengths": [1201], "precision": "int8", "return_lse": True},
 )
 Call = Callable[..., Any]
 
@@ -144,9 +147,10 @@ def test_a_given_mask_in_a_graph() -> None:
     assert torch.equal(out, rainfusion.attention(q, k, v, grid=GRID, mask=mask, backend="triton"))
 
 
-def test_the_same_bits_every_time() -> None:
+@pytest.mark.parametrize("precision", [None, "int8", "fp8"])
+def test_the_same_bits_every_time(precision: str | None) -> None:
     """Which program takes which tile is a race; what it computes is not."""
-    call, inputs = prepared({"policy": TopP(0.6)})
+    call, inputs = prepared({"policy": TopP(0.6), "precision": precision})
     expected = call(*inputs)
     assert all(torch.equal(call(*inputs), expected) for _ in range(20))
 
@@ -180,6 +184,54 @@ def test_both_kernels_agree(
     blocks[:, ::3, 1] = False  # a row that keeps nothing
     ours, plain = on_both_kernels(plan, {"%q": q, "%k": k, "%v": v, "%mask": blocks})
     torch.testing.assert_close(ours[0], plain[0], rtol=2e-2, atol=1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@on_hopper
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kv_len", [128, 512, 600, 2563])
+@pytest.mark.parametrize("settings", [{}, {"omitted": "summary"}, {"kv_lengths": True}, {"rotate": True}], ids=str)
+@pytest.mark.parametrize("ring", [False, True])
+def test_eight_bits_are_as_exact_as_their_definition(
+    precision: str, head_dim: int, kv_len: int, settings: dict[str, Any], ring: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both against exact attention by the same mask: neither much further from it than the other."""
+    from rainfusion.backends.triton.hopper import launch
+
+    monkeypatch.setattr(launch, "_outgrows_cache", lambda k, kv_len: ring)
+    generator = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(2, 40, 900, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 20, kv_len, head_dim, generator=generator, device="cuda").bfloat16() + 1 for _ in range(2))
+    plan = rainfusion.plan(
+        AttentionProblem.from_tensors(q, k, v),
+        TokenLayout(),
+        Fixed(),
+        returns=("%out", "%lse"),
+        precision=precision,
+        **settings,
+    )
+    blocks = torch.rand(2, 40, 8, -(-kv_len // 128), generator=generator, device="cuda") > 0.6
+    blocks[:, ::3, 1] = False  # a row that keeps nothing
+    lengths = torch.tensor([kv_len, max(kv_len - 140, 1)], dtype=torch.int32, device="cuda")
+    values = {"%q": q, "%k": k, "%v": v, "%mask": blocks, "%kv_lengths": lengths}
+    executable = rainfusion.lower(plan, device="cuda:0", backend="triton", strict=True)
+    (step,) = executable.steps
+    out, lse = (step.run({name: values[name] for name in step.segment.inputs})[name] for name in ("%out", "%lse"))
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in values.items()}
+    in_64_bits = replace(plan.problem, dtype="float64")
+    said = {name: value for name, value in settings.items() if name != "rotate"}
+    plain = rainfusion.plan(in_64_bits, TokenLayout(), Fixed(), returns=("%out", "%lse"), **said)
+    for defined, known in ((plan, values), (plain, exact)):
+        for op in defined.ops:
+            if op.reads:
+                known.update(op.evaluate(known))
+    assert torch.equal(lse.isinf(), exact["%lse"].isinf())
+    assert torch.equal(out == 0, exact["%out"] == 0)
+    error, allowed = (float((x.double() - exact["%out"]).norm()) for x in (out, values["%out"]))
+    assert error < 1.3 * allowed
+    there = exact["%lse"].isfinite()
+    error, allowed = (float((x.double() - exact["%lse"])[there].norm()) for x in (lse, values["%lse"]))
+    assert error < 1.3 * allowed
 
 
 def on_both_kernels(plan: Plan, values: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:

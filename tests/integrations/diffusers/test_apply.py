@@ -62,6 +62,19 @@ def test_an_own_model_takes_three_lines(own_adapters):
     assert torch.equal(model(tokens), before)
 
 
+@pytest.mark.filterwarnings("ignore::rainfusion.SpeedWarning")
+def test_sparse_attention_is_in_8_bits_where_that_is_asked_for(own_adapters):
+    register_adapter("Own", Adapter(r"blocks\.\d+", lambda model, arguments: (Grid(2, 8, 8), REST), call="sdpa"))
+    model, tokens = own_model(), torch.randn(1, 133, 32)
+    with apply_rainfusion(model, settings()):
+        exact = model(tokens)
+    for precision, most in (("int8", 0.01), ("fp8", 0.03)):
+        with apply_rainfusion(model, settings(precision=precision, rotate=True)) as handle:
+            out = model(tokens)
+        assert kinds(handle.report()) == ["sparse"]
+        assert 0 < (out - exact).norm() < most * exact.norm()
+
+
 def test_a_subclass_has_its_bases_adapter():
     class Finetuned(WanTransformer3DModel):
         pass

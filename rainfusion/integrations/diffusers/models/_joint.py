@@ -18,7 +18,7 @@ def text_and_images(model: Any, arguments: Arguments) -> Parts | str:
 
 def flux_like(family: str, tested: str) -> Adapter:
     """An adapter for double and single blocks over text and images."""
-    return Adapter(DOUBLE_AND_SINGLE, text_and_images, family=family, tested=tested)
+    return Adapter(DOUBLE_AND_SINGLE, text_and_images, split="text_apart", family=family, tested=tested)
 
 
 def text_and_image(model: Any, arguments: Arguments) -> Parts:

@@ -16,5 +16,11 @@ def _parts(model: Any, arguments: Arguments) -> Parts | str:
 
 register_adapter(
     "Flux2Transformer2DModel",
-    Adapter(DOUBLE_AND_SINGLE, _parts, family="Flux 2, Klein", tested="one image, references; a cache of keys: dense"),
+    Adapter(
+        DOUBLE_AND_SINGLE,
+        _parts,
+        split="text_apart",
+        family="Flux 2, Klein",
+        tested="one image, references; a cache of keys: dense",
+    ),
 )

@@ -30,6 +30,7 @@ register_adapter(
     Adapter(
         r"blocks\.\d+\.attn1",
         _parts,
+        split="whole",
         family="Helios",
         tested="with and without history, odd grid, batch of 2, one frame, amplified history",
     ),

@@ -72,6 +72,7 @@ register_adapter(
     Adapter(
         r"transformer_blocks\.\d+\.attn",
         _parts,
+        split="whole",
         family="MiniMax-H3",
         tested="video and audio, key frames, references of image, video and audio",
     ),

@@ -30,6 +30,7 @@ register_adapter(
         r"transformer_blocks\.\d+\.attn",
         _parts,
         pads=True,
+        split="text_apart",
         family="Qwen-Image, Edit, Layered",
         tested="one and several images, batches of padded text",
     ),
