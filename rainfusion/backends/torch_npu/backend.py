@@ -12,7 +12,7 @@ from rainfusion.backends.torch_arrays import TorchArrays
 from rainfusion.backends.torch_npu import detection, lowering, operators
 from rainfusion.backends.torch_npu.operators import Request
 from rainfusion.core.backend import Capabilities, Device, Kernel
-from rainfusion.core.ops import Attend
+from rainfusion.core.ops import Attend, AttendQuantised
 from rainfusion.core.plan import Plan
 
 MOST_REMEMBERED = 1024  # samples; a constant of that many numbers costs nothing to remember
@@ -33,10 +33,15 @@ class TorchNpuBackend(TorchArrays):
 
     def objections(self, plan: Plan, device: Device) -> Sequence[str]:
         claims = super().objections(plan, device)
-        attends = [op for op in plan.ops if type(op) is Attend]
+        attends = [op for op in plan.ops if isinstance(op, Attend)]
         if claims or not attends:
             return claims
-        requests = [Request.of(op, plan, detection.chip()) for op in attends]
+        chip = detection.chip()
+        if any(isinstance(op, AttendQuantised) for op in attends):
+            vendor = f"MindIE-SD's for precision {' and '.join(chip.precisions)} are not lowered to yet"
+            which = vendor if chip.precisions else "none is documented"
+            return [f"no operator for attention in 8 bits on chip {chip.name}: {which}; backend='torch' emulates it"]
+        requests = [Request.of(op, plan, chip) for op in attends]
         refused = [reason for request in requests for reason in operators.refusals(request)]
         return [*dict.fromkeys(refused), *lowering.means_objections(plan)]
 

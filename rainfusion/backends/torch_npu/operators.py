@@ -207,7 +207,6 @@ class BlockMaskOperator(Operator):
         | {"num_key_value_heads", "scale_value", "inner_precise", "actual_seq_lengths", "actual_seq_lengths_kv"}
         | {"softmax_lse_flag"}
     )
-
     takes_numbers = True
 
     def objections(self, request: Request) -> Iterator[str]:
@@ -231,7 +230,7 @@ class BlockMaskOperator(Operator):
             "kv_input_layout": "BNSD",
             "num_key_value_heads": p.kv_heads,
             "scale_value": p.scale,
-            "inner_precise": request.chip.inner_precise,
+            "inner_precise": chip.inner_precise,
             "actual_seq_lengths": _from_one(given.q_lengths, p.q_len, p.batch),
             "actual_seq_lengths_kv": _from_one(given.kv_lengths, p.kv_len, p.batch),
             "softmax_lse_flag": int(request.needs_lse),

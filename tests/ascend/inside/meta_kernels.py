@@ -23,7 +23,6 @@ from rainfusion.testing.cases import builtin_cases
 
 NPU = Device("npu", 0)
 A2, A3, ASCEND_950 = CHIPS
-# Attention in 8 bits runs by its definition, which reads the mask.
 CASES = [case for case in builtin_cases() if case.problem.dtype == "float16" and case.precision is None]
 
 

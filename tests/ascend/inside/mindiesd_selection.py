@@ -103,6 +103,33 @@ def test_from_tokens_to_mask_where_the_orders_agree(grid, text, sparsity):
     assert_same(torch.as_tensor(ours.blocks)[:, :, blocks][..., blocks], wanted, q, k, quota)
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+@pytest.mark.parametrize("clips", [[(3, 16, 24), (2, 8, 48)], [(4, 16, 16)], [(3, 10, 20), (4, 9, 24)]], ids=str)
+def test_the_selection_is_theirs_for_several_clips_in_their_order(clips, sparsity):
+    """Clips between other tokens, which they attend in full; wherever the last, ragged block is one of these."""
+    starts = [20 + i * 90 + sum(map(math.prod, clips[:i])) for i in range(len(clips))]
+    length = starts[-1] + math.prod(clips[-1]) + 100
+    spans = [{"start": start, "latent_shape": clip} for start, clip in zip(starts, clips, strict=True)]
+    q, k = random(length, seed=3)
+    q_moved, k_moved, _, pooled, _, context, first_frames = theirs.do_multi_span_tensor_rearrange_pooling(
+        q, k, k, spans, BLOCK, "BNSD"
+    )
+    wanted = theirs.get_multi_span_blockwise_mask(
+        pooled, sparsity, q.shape[-1] ** -0.5, context, first_frames, "BNSD", return_binary=True
+    ).bool()
+    kept = sorted(context | first_frames)
+    assert kept[-1] == wanted.shape[-1] - 1
+    blocks = [b for b in range(wanted.shape[-1]) if b not in kept] + kept
+    keys = torch.arange(length).split(BLOCK)
+    order = torch.cat([keys[b] for b in blocks])
+    q, k = (x[:, :, order] for x in (q_moved, k_moved))
+    protected = sum(len(keys[b]) for b in kept)
+    parts = (Tokens(length - protected), Text(protected))
+    ours = rainfusion.select(q, k, parts=parts, policy=TopK(sparsity, "paper"), backend="reference")
+    quota = math.ceil((1 - sparsity) * len(blocks))
+    assert_same(torch.as_tensor(ours.blocks), wanted[:, :, blocks][..., blocks], q, k, quota)
+
+
 def test_means_of_blocks_are_theirs():
     (x, _) = random(3 * BLOCK + 40, seed=2)
     ours = rainfusion.block_means(x, sparsity=0.0, backend="reference")

@@ -22,6 +22,7 @@ from rainfusion.core.layout import TokenLayout
 from rainfusion.core.lowering import lower
 from rainfusion.core.mask import BlockMask
 from rainfusion.core.ops import Attend, Op, operand, result
+from rainfusion.core.passes import quantised
 from rainfusion.core.plan import Plan
 from rainfusion.core.planner import plan
 from rainfusion.core.policies import Fixed, TopK
@@ -213,6 +214,17 @@ def test_beyond_the_memory_cap_every_operator_says_why_not(monkeypatch):
 )
 def test_limits(monkeypatch, made, reason):
     assert any(reason in said for said in objections(monkeypatch, made))
+
+
+@pytest.mark.parametrize(
+    ("chip", "why"),
+    [(A2, "none is documented"), (ASCEND_950, "MindIE-SD's for precision int8 and fp8 are not lowered to yet")],
+    ids=["A2", "950"],
+)
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_attention_in_8_bits_is_declined_with_the_reason(monkeypatch, chip, why, precision):
+    (reason,) = objections(monkeypatch, quantised(some_plan(), precision), chip)
+    assert reason == (f"no operator for attention in 8 bits on chip {chip.name}: {why}; backend='torch' emulates it")
 
 
 def test_plans_that_return_only_the_mask_need_no_operator(monkeypatch):
