@@ -72,6 +72,7 @@ def statistics(
         WIDTH=width,
         SPREAD=spread,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     _head_statistics[(batch * heads,)](
         parts,
@@ -86,6 +87,7 @@ def statistics(
         WIDTH=width,
         SPREAD=spread,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return centre, scale
 
@@ -151,6 +153,7 @@ def quantise_blocks(
         TRANSPOSE=transpose,
         SPREAD=dim**0.5,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return rounded
 
