@@ -235,6 +235,23 @@ def test_eight_bits_are_as_exact_as_their_definition(
     assert error < 1.3 * allowed
 
 
+@on_hopper
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_nan_spreads_in_8_bits(precision: str) -> None:
+    """From a query to its block, from a key to its head."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 512, 128, generator=generator, device="cuda").bfloat16() for _ in range(3))
+    q[0, 0, 200] = torch.nan
+    k[0, 1, 300, 5] = torch.nan
+    blocks = torch.ones(1, 4, 4, 4, dtype=torch.bool, device="cuda")
+    mask = BlockMask.from_bool(blocks, 512, 512, (128, 128))
+    out = first(rainfusion.attention(q, k, v, mask=mask, precision=precision, backend="triton")).float()
+    expected = torch.zeros(4, 512, dtype=torch.bool, device="cuda")
+    expected[0, 128:256], expected[1] = True, True
+    assert torch.equal(out[0].isnan().all(2), expected)
+    assert torch.equal(out[0].isnan().any(2), expected)
+
+
 def on_both_kernels(plan: Plan, values: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Output and log-sum-exp of Hopper's kernel and of the plain one."""
     (step,) = rainfusion.lower(plan, device="cuda:0", backend="triton").steps
