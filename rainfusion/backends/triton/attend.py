@@ -43,8 +43,8 @@ class AttentionKernel:
     Attributes:
         device: where it runs.
         hopper: the module of Hopper's kernel, where it takes this plan.
-        configs: settings of the plain kernel, the best first; what the device cannot hold is dropped on first use. Empty
-            where the plain kernel does not compute what is asked for, attention in 8 bits.
+        configs: settings of the plain kernel, the best first; what the device cannot hold is dropped on first use.
+            Empty where the plain kernel does not compute what is asked for: attention in 8 bits.
         precision: a name from `hardware.precision`.
         is_tuned: whether the order of `configs` is final.
     """
