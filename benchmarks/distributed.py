@@ -86,6 +86,8 @@ def main() -> None:
     warnings.simplefilter("ignore", RainfusionWarning)
     device = join()
     began, world = time.monotonic(), dist.get_world_size()
+    if uneven := [f"{size.name} has {size.heads}" for size in args.sizes if size.heads % world]:
+        raise SystemExit(f"heads have to divide by {world} ranks, for dense Ulysses: {', '.join(uneven)}")
     record: dict[str, Any] = {"environment": environment(), "device": _name(device), "world": world, "rows": []}
     say(f"{world} x {record['device']}, {dist.get_backend()}, torch {torch.__version__}")
     for sparsity, size in itertools.product(args.sparsity, args.sizes):

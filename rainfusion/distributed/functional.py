@@ -100,7 +100,8 @@ def attention(
         SparsityWarning: as `rainfusion.attention`. SpeedWarning: a `precision` is computed by its definition.
 
     Ranks compare what they were asked before they exchange tensors: at every call on the CPU; elsewhere, where that
-    makes the host wait for the device, before each kind of call that is new to this rank.
+    makes the host wait for the device, before each kind of call that is new to this rank. There, where the sequence
+    gets another length, `grid` and `text` or `parts` have to say so to a rank that has as many tokens as before.
     """
     ranks = Ranks.of(group)
     operands = {"mask": mask, "quotas": quotas, "kv_lengths": kv_lengths}
@@ -266,7 +267,7 @@ def _agreed(
         raise asked
     known = _prepared.setdefault(ranks.group, dispatch.LruDict(_MOST_KINDS))
     mine = (asked.shard.q_len, asked.shard.kv_len)
-    key = (*record.items(), mine, asked.backend)
+    key = (*record.items(), mine, asked.backend, ranks)  # meshes may share a ring
     found = known.find(key)
     if found is not None and like.device.type != "cpu":  # to compare would make the host wait for the device
         return found[1]

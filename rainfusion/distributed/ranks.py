@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -31,10 +32,11 @@ class Ranks:
     """A process group as this process sees it.
 
     Attributes:
+        held: the process group, which is not kept alive: what is remembered for it ends with it.
         rank: this process among them; world: how many there are.
     """
 
-    group: Any
+    held: ref[Any]
     rank: int
     world: int
 
@@ -65,7 +67,19 @@ class Ranks:
                 f"group={shown(group)} is no process group of this process; give what torch.distributed.new_group "
                 "makes for it, a DeviceMesh, or None for all ranks"
             )
-        return cls(found, dist.get_rank(found), dist.get_world_size(found))
+        return cls(ref(found), dist.get_rank(found), dist.get_world_size(found))
+
+    @property
+    def group(self) -> Any:
+        """The process group.
+
+        Raises:
+            DistributedError: it was destroyed.
+        """
+        found = self.held()
+        if found is None:
+            raise DistributedError("the process group was destroyed; give one that torch.distributed has")
+        return found
 
     # -- collectives -------------------------------------------------------------------------------
 
@@ -119,7 +133,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class MeshRanks(Ranks):
-    """The ranks of a mesh of two dimensions, row by row: the ring goes through the rows, Ulysses within each."""
+    """The ranks of a mesh of two dimensions, row by row: the ring goes through the rows, Ulysses within each.
+
+    `group` is that of the ring; a mesh would not do, since one that is made later may be equal to it.
+    """
 
     ring: Ranks
     ulysses: Ranks
@@ -140,7 +157,7 @@ class MeshRanks(Ranks):
         if mesh.get_coordinate() is None:
             raise DistributedError("this process is not in the DeviceMesh; call it on the ranks of the mesh alone")
         ring, ulysses = (Ranks.of(mesh.get_group(dimension)) for dimension in (0, 1))
-        return cls(mesh, ring.rank * ulysses.world + ulysses.rank, ring.world * ulysses.world, ring, ulysses)
+        return cls(ring.held, ring.rank * ulysses.world + ulysses.rank, ring.world * ulysses.world, ring, ulysses)
 
     def gather_objects(self, given: Any) -> list[Any]:
         """What every rank gave, in the order of ranks."""

@@ -13,6 +13,7 @@ ROOT = HERE.parent.parent
 VENV = ROOT / ".venv-npu"
 PYTHON = VENV / "bin" / "python"
 MINDIESD = VENV / "mindiesd"  # MindIE-SD and what it imports, apart: tests run with it and without
+MINDIESD_PYTHONS = ((3, 11), (3, 12))  # that MindIE-SD 3.1.0 has wheels for
 STAND_IN = HERE / "stand_in"
 CHIPS = {"A2": "Ascend910B3", "A3": "Ascend910_9391", "950": "Ascend950PR_9589"}
 

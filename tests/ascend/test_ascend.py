@@ -50,9 +50,9 @@ def passed(done: CompletedProcess[str]) -> None:
 
 @pytest.fixture(scope="module")
 def mindiesd_library() -> str:
-    """MindIE-SD's extension library; CI must have it."""
+    """MindIE-SD's extension library; CI must have it where there is a wheel for its Python."""
     reason = npu.mindiesd_missing()
-    if reason and os.environ.get("CI"):
+    if reason and os.environ.get("CI") and sys.version_info[:2] in npu.MINDIESD_PYTHONS:
         pytest.fail(f"CI needs it: {reason}", pytrace=False)
     if reason:
         pytest.skip(reason)

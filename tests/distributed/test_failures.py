@@ -244,3 +244,45 @@ def test_without_a_process_group_it_says_what_to_do() -> None:
 
     with pytest.raises(rd.DistributedError, match=r"call torch\.distributed\.init_process_group first"):
         rd.attention(*tensors(), **SETTINGS)
+
+
+def test_what_is_remembered_for_a_group_ends_with_it(workers: Workers) -> None:
+    assert workers.results(4, remembered_of_a_destroyed_group) == [True] * 4
+
+
+def remembered_of_a_destroyed_group(_: Any) -> bool:
+    import gc
+    from weakref import ref
+
+    import torch.distributed as dist
+
+    from rainfusion.distributed import functional
+
+    group = dist.new_group([0, 1, 2, 3])
+    call(group, tensors(heads=4, tokens=16))
+    call(group, tensors(tokens=16), method="ring", order="given")
+    held, known = ref(group), ref(functional._prepared[group])
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    return held() is None and known() is None
+
+
+def test_an_equal_mesh_has_groups_of_its_own(workers: Workers) -> None:
+    """As after `destroy_process_group` and another `init_process_group`."""
+    assert workers.results(4, call_on_two_equal_meshes) == [(1, 2, 16, 8)] * 4
+
+
+def call_on_two_equal_meshes(_: Any) -> tuple[int, ...]:
+    import torch.distributed as dist
+
+    meshes = [a_mesh_of(("ring", "ulysses")) for _ in range(2)]
+    assert meshes[0] == meshes[1]
+    before, after = ([mesh.get_group(dimension) for dimension in (0, 1)] for mesh in meshes)
+    assert not {*before} & {*after}
+    out = None
+    for mesh, groups in zip(meshes, (before, after), strict=True):
+        out = call(mesh, tensors(tokens=16), method="unified", order="given")
+        for group in groups:
+            dist.destroy_process_group(group)
+    return tuple(out.shape)

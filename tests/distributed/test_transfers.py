@@ -102,8 +102,10 @@ def test_any_mask_sends_what_is_read(workers: Workers, reads: np.ndarray) -> Non
 
 def test_a_selection_of_all_sends_all(workers: Workers) -> None:
     case = Case("ring", sparsity=0.0, sink=None)
-    for sent, _ in workers.results(WORLD, elements_sent, case):
-        assert sent > 0
+    answers = workers.results(WORLD, elements_sent, case)
+    assert sum(sent for sent, _ in answers) == (WORLD - 1) * 2 * case.length * case.kv_heads * case.head_dim
+    for _, found in answers:
+        check(case, found)
 
 
 @pytest.mark.parametrize("world", range(1, 9))
