@@ -176,7 +176,14 @@ def draw_lowering(path: Path) -> None:
         axes.text(0.1, -0.75, "Plan", fontsize=11, fontweight="bold")
         for row, op in enumerate(shown):
             axes.text(0.1, row + 0.5, op.name, fontsize=10, family="DejaVu Sans Mono", va="center")
-            axes.text(1.75, row + 0.5, " ".join(getattr(op, name) for name in op.results if getattr(op, name)), fontsize=8.5, color=style.MUTED, va="center")
+            axes.text(
+                1.75,
+                row + 0.5,
+                " ".join(getattr(op, name) for name in op.results if getattr(op, name)),
+                fontsize=8.5,
+                color=style.MUTED,
+                va="center",
+            )
         for column, executable in enumerate(lowered):
             left = 3.7 + 2.12 * column
             axes.text(left, -0.75, f"{executable.backend.name}", fontsize=11, fontweight="bold")
@@ -218,8 +225,12 @@ def _frame(axes: Any, frame: int, lit: np.ndarray, blocks: np.ndarray, marked: n
             picture[at] = 0.35 * scene().frames[frame][at][:, None] + 0.65 * np.array(to_rgb(colour))
     height, width = blocks.shape
     axes.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
-    lines = [[(x, y), (x, y + 1)] for y, x in product(range(height), range(1, width)) if blocks[y, x] != blocks[y, x - 1]]
-    lines += [[(x, y), (x + 1, y)] for y, x in product(range(1, height), range(width)) if blocks[y, x] != blocks[y - 1, x]]
+    lines = [
+        [(x, y), (x, y + 1)] for y, x in product(range(height), range(1, width)) if blocks[y, x] != blocks[y, x - 1]
+    ]
+    lines += [
+        [(x, y), (x + 1, y)] for y, x in product(range(1, height), range(width)) if blocks[y, x] != blocks[y - 1, x]
+    ]
     axes.add_collection(LineCollection(lines, colors=style.PAPER, linewidths=0.8))
     style.bare(axes)
 
