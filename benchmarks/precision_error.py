@@ -1,7 +1,8 @@
 """What 8 bits cost: the error of attention by its definitions, against exact arithmetic under the same mask.
 
 python benchmarks/precision_error.py            # measure, write the record and the tables of docs/precision.md
-python benchmarks/precision_error.py --tables   # the tables alone, from the record
+python benchmarks/precision_error.py --tables   # the tables alone, from the records
+python benchmarks/precision_error.py --backend triton --device cuda:0 --json h200.json   # a backend's kernels instead
 
 Every tensor is rounded to bfloat16 first, as models give them, and so is every output. Errors are relative: the norm of
 the difference over the norm of the right output; that of the log-sum-exp is a root mean square. Nothing here is timed.
@@ -24,12 +25,14 @@ import numpy as np
 import rainfusion
 from rainfusion import AttentionProblem, Fixed, Plan, TokenLayout, TopK, lower, ops, passes
 from rainfusion.demo import decode, features
+from rainfusion.testing.environment import environment
 
 sys.path.insert(0, str(Path(__file__).parent))
 from generated import filled
 
 ROOT = Path(__file__).parents[1]
-RECORD, PAGE = ROOT / "hw_matrix/results/precision/emulated.json", ROOT / "docs/precision.md"
+RECORDS, PAGE = ROOT / "hw_matrix/results/precision", ROOT / "docs/precision.md"
+RECORD, ON_HOPPER = RECORDS / "emulated.json", RECORDS / "triton-h200.json"
 GRID, HEADS, HEAD_DIM, SKIPPED = (8, 16, 32), 4, 128, 0.8
 
 Tensors = list[np.ndarray]
@@ -45,7 +48,11 @@ def noise(seed: int = 0) -> Tensors:
 
 
 def clip(name: str) -> Tensors:
-    return list(features.qkv(decode.load(name, GRID), GRID, heads=HEADS, head_dim=HEAD_DIM))
+    frames = _decoded[name] if name in _decoded else decode.load(name, GRID)
+    return list(features.qkv(frames, GRID, heads=HEADS, head_dim=HEAD_DIM))
+
+
+_decoded: dict[str, np.ndarray] = {}  # clips that were decoded on another machine
 
 
 def wide() -> Tensors:
@@ -152,6 +159,34 @@ def errors(tensors: Tensors, grid: tuple[int, int, int] = GRID, block: int = 128
     return found
 
 
+KERNELS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "int8": {"precision": "int8"},
+    "int8, rotated": {"precision": "int8", "rotate": True},
+    "fp8": {"precision": "fp8"},
+    "fp8, rotated": {"precision": "fp8", "rotate": True},
+}
+
+
+def errors_of_kernels(tensors: Tensors, backend: str, device: str) -> dict[str, Any]:
+    """The same of a backend's kernels, in bfloat16, against float64 on the same device."""
+    import torch
+
+    q, k, v = (torch.from_numpy(x).to(device, torch.bfloat16) for x in tensors)
+    layout, problem = TokenLayout(GRID, block=128, sink=None), AttentionProblem.from_tensors(q, k, v)
+    mask = lower(rainfusion.plan(problem, layout, TopK(SKIPPED), returns="%mask"), device=device, backend=backend)(q, k)
+    exact = rainfusion.plan(replace(problem, dtype="float64"), layout, Fixed(), returns=("%out", "%lse"))
+    doubles = (x.double() for x in (q, k, v))
+    right, right_lse = lower(exact, device=device, backend="torch")(*doubles, mask=mask)
+    found: dict[str, Any] = {"out": {}, "lse": {}}
+    for name, said in KERNELS.items():
+        plan = rainfusion.plan(problem, layout, Fixed(), returns=("%out", "%lse"), **said)
+        out, lse = lower(plan, device=device, backend=backend, strict=True)(q, k, v, mask=mask)
+        found["out"][name] = float((out.double() - right).norm() / right.norm())
+        found["lse"][name] = float((lse.double() - right_lse).square().mean().sqrt())
+    return found
+
+
 def largest_logit(q: np.ndarray, k: np.ndarray) -> float:
     rows = (np.abs(q[:, :, i : i + 512] @ k.swapaxes(2, 3)).max() for i in range(0, q.shape[2], 512))
     return float(max(rows)) * q.shape[3] ** -0.5
@@ -160,11 +195,17 @@ def largest_logit(q: np.ndarray, k: np.ndarray) -> float:
 # -- the page ----------------------------------------------------------------------------------------
 
 
-def tables(record: dict[str, Any]) -> dict[str, str]:
-    """Both tables of the page, as Markdown, by name."""
-    sets = record["sets"]
+def tables(record: dict[str, Any], on_hopper: dict[str, Any]) -> dict[str, str]:
+    """The tables of the page, as Markdown, by name."""
+    sets, kernels = record["sets"], on_hopper["sets"]
     head = ["tensors", "largest logit", *WAYS]
     return {
+        "kernels": "\n".join(
+            _table(
+                ["tensors", *KERNELS],
+                ([name, *(f"{100 * row['out'][way]:.2f} %" for way in KERNELS)] for name, row in kernels.items()),
+            )
+        ),
         "errors": "\n".join(
             _table(head, ([name, f"{row['largest_logit']:.0f}", *_out(row)] for name, row in sets.items()))
         ),
@@ -187,20 +228,37 @@ def _table(head: list[str], rows: Any) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tables", action="store_true", help="write the tables from the record, and measure nothing")
-    args = parser.parse_args()
+    args = _arguments()
+    if args.frames:
+        _decoded.update(np.load(args.frames))
+    if args.backend:
+        sets = {name: errors_of_kernels(make(), args.backend, args.device) for name, make in SETS.items()}
+        _write(args.json, {"environment": environment(), "backend": args.backend, "sets": sets})
+        return
     if not args.tables:
         sets = {}
         for name, make in SETS.items():
             sets[name] = errors(make())
             print(name, json.dumps(sets[name]["out"]), flush=True)
-        shape = {"grid": GRID, "heads": HEADS, "head_dim": HEAD_DIM, "skipped": SKIPPED}
-        record = {"rainfusion": rainfusion.__version__, "numpy": np.__version__, **shape, "sets": sets}
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), tables(record)), encoding="utf-8")
+        _write(RECORD, {"rainfusion": rainfusion.__version__, "numpy": np.__version__, "sets": sets})
+    records = (json.loads(path.read_text(encoding="utf-8")) for path in (RECORD, ON_HOPPER))
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), tables(*records)), encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tables", action="store_true", help="write the tables from the records, and measure nothing")
+    parser.add_argument("--backend", help="measure this backend's kernels; the tables are left alone")
+    parser.add_argument("--device", default="cuda:0", help="where (default: cuda:0)")
+    parser.add_argument("--json", type=Path, default=ON_HOPPER, help="where to write what a backend did")
+    parser.add_argument("--frames", type=Path, help="an .npz of clips by name, where this machine cannot decode them")
+    return parser.parse_args()
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    shape = {"grid": GRID, "heads": HEADS, "head_dim": HEAD_DIM, "skipped": SKIPPED}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**found, **shape}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,7 +209,7 @@ def _step(axes: Any, left: float, rows: list[int], by: str) -> None:
         )
         name = "definition" if definition else "one kernel" if len(rows) > 1 else "a kernel"
         axes.text(left + 0.95, top + height / 2, name, ha="center", va="center", fontsize=9, color=ink)
-    for above, below in zip(runs, runs[1:], strict=False):
+    for above, below in pairwise(runs):
         axes.plot([left + 0.95] * 2, [above[-1] + 0.88, below[0] + 0.12], color=face, linewidth=5)
 
 

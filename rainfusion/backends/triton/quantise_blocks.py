@@ -20,7 +20,6 @@ KEY_ORDER = tuple(16 * a + 8 * b + 2 * c + e for a in range(8) for c in range(4)
 """The key at every place of a block of v: the order in which a thread of wgmma holds the columns of q kᵀ."""
 
 _TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-_WARPS = 8
 _CHUNK = tl.constexpr(1024)  # tokens a program of the statistics reads
 
 
@@ -73,6 +72,7 @@ def statistics(
         WIDTH=width,
         SPREAD=spread,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     _head_statistics[(batch * heads,)](
         parts,
@@ -87,6 +87,7 @@ def statistics(
         WIDTH=width,
         SPREAD=spread,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return centre, scale
 
@@ -151,7 +152,8 @@ def quantise_blocks(
         REPEAT=64 if repeat_scale else 1,
         TRANSPOSE=transpose,
         SPREAD=dim**0.5,
-        num_warps=_WARPS,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return rounded
 
@@ -197,16 +199,16 @@ def _chunk_statistics(
     most = tl.full([ROWS, WIDTH], float("-inf"), tl.float32)
     for start in range(0, _CHUNK, ROWS):
         position = chunk * _CHUNK + start + tl.arange(0, ROWS)
-        valid = (position < end)[:, None] & (d < DIM)[None, :]
-        token = position
+        inside = tl.maximum(tl.minimum(position, end - 1), 0)  # beyond the end, its last token again
+        token = inside
         if order is not None:
-            token = tl.load(order + position, mask=position < end, other=0)
+            token = tl.load(order + inside)
         at = token.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d
-        part = tl.load(source + at, mask=valid, other=0.0).to(tl.float32)
-        total += part
+        part = tl.load(source + at, mask=(d < DIM)[None, :], other=0.0).to(tl.float32)
+        total += tl.where((position < end)[:, None], part, 0.0)
         if SPREAD:
-            least = tl.minimum(least, tl.where(valid, part, float("inf")))
-            most = tl.maximum(most, tl.where(valid, part, float("-inf")))
+            least = tl.minimum(least, part)
+            most = tl.maximum(most, part)
     into = parts + chunk_of_all.to(tl.int64) * DIM + d
     tl.store(into, tl.sum(total, axis=0), mask=d < DIM)
     if SPREAD:
