@@ -200,17 +200,17 @@ def _step(axes: Any, left: float, rows: list[int], by: str) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     definition = by == "definition"
-    face, ink = (style.SKIPPED, style.MUTED) if definition else (style.KEPT, style.PAPER)
+    fill, ink = (style.SKIPPED, style.MUTED) if definition else (style.KEPT, style.PAPER)
     runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
     for run in runs:
         top, height = run[0] + 0.12, len(run) - 0.24
         axes.add_patch(
-            FancyBboxPatch((left, top), 1.9, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=face, lw=0)
+            FancyBboxPatch((left, top), 1.9, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=fill, lw=0)
         )
         name = "definition" if definition else "one kernel" if len(rows) > 1 else "a kernel"
         axes.text(left + 0.95, top + height / 2, name, ha="center", va="center", fontsize=9, color=ink)
     for above, below in pairwise(runs):
-        axes.plot([left + 0.95] * 2, [above[-1] + 0.88, below[0] + 0.12], color=face, linewidth=5)
+        axes.plot([left + 0.95] * 2, [above[-1] + 0.88, below[0] + 0.12], color=fill, linewidth=5)
 
 
 def _frame(axes: Any, frame: int, lit: np.ndarray, blocks: np.ndarray, marked: np.ndarray | None = None) -> None:

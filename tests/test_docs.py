@@ -33,6 +33,9 @@ EXAMPLES = [
     *(page for page in DOCS if page.startswith("docs/how_to/")),
 ]
 WITH_A_PIPELINE = ("README.md", "docs/quickstart.md", "docs/how_to/mask_reuse.md", "docs/how_to/read_the_report.md")
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+"""The environment of the one process that examples of several devices run in; port 0 is any that is free."""
+
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 PROBLEM = rainfusion.AttentionProblem(1, 40, 75600, 75600, 128, "bfloat16")
 LAYOUT = rainfusion.TokenLayout((21, 45, 80))
@@ -80,6 +83,8 @@ def test_examples_run_and_print_what_the_page_says(
 ) -> None:
     pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)  # for the files that examples write
+    for variable, value in TORCHRUN.items():
+        monkeypatch.setenv(variable, value)
     text = text_of(page)
     if page == "docs/calibration.md":
         text = with_a_tiny_calibration(with_a_tiny_pipeline(text, module.__dict__), module.__dict__)
