@@ -99,14 +99,19 @@ def test_every_error_and_warning_is_on_its_page_and_no_other() -> None:
     assert told == raised
 
 
-def test_every_command_has_its_section() -> None:
+def test_every_command_has_its_section_and_every_option_is_named() -> None:
     pytest.importorskip("typer")
     from typer.main import get_command
 
     from rainfusion.cli.app import app
 
-    commands = set(get_command(app).commands)  # type: ignore[attr-defined]
-    assert set(re.findall(r"^## `rainfusion ([\w-]+)`", page("command_line.md"), flags=re.MULTILINE)) == commands
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    text = page("command_line.md")
+    assert set(re.findall(r"^## `rainfusion ([\w-]+)`", text, flags=re.MULTILINE)) == set(commands)
+    for name, command in commands.items():
+        for option in command.params:
+            long = [opt for opt in (*option.opts, *option.secondary_opts) if opt.startswith("--")]
+            assert not long or any(opt in text for opt in long), f"{name} {long[0]} is not on docs/command_line.md"
 
 
 def test_every_term_of_the_glossary_is_explained_once() -> None:
