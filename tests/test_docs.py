@@ -24,6 +24,8 @@ PAGES = ["README.md", "CONTRIBUTING.md", *DOCS]
 EXAMPLES = [
     "README.md",
     "docs/calibration.md",
+    "docs/cuda.md",
+    "docs/diffusers.md",
     "docs/errors.md",
     "docs/layouts.md",
     "docs/plan.md",
@@ -90,8 +92,13 @@ def test_examples_run_and_print_what_the_page_says(
         text = with_a_tiny_calibration(with_a_tiny_pipeline(text, module.__dict__), module.__dict__)
     if page in WITH_A_PIPELINE:
         text = with_a_tiny_pipeline(text, module.__dict__)
-    if page == "README.md":
+    if page == "docs/diffusers.md":
+        text = with_a_tiny_schedule(text, module.__dict__)
+    if page in ("README.md", "docs/cuda.md"):
         text = with_small_tensors(text, module.__dict__)
+    if "register_adapter(" in text:
+        adapter = pytest.importorskip("rainfusion.integrations.diffusers.adapter")
+        monkeypatch.setattr(adapter, "_ADAPTERS", dict(adapter._ADAPTERS))  # without that of the page afterwards
     printed, end = "", None
     for fence in FENCE.finditer(text):
         language, body = fence.groups()
@@ -135,11 +142,32 @@ def with_a_tiny_calibration(text: str, names: dict[str, Any]) -> str:
     return text
 
 
+def with_a_tiny_schedule(text: str, names: dict[str, Any]) -> str:
+    """The guide's examples for a tiny video, and what its excerpt of `examples/own_model.py` takes from there."""
+    pytest.importorskip("diffusers")
+    import rainfusion.integrations.diffusers as host
+
+    names["pipe"], names["tiny"], sizes = runpy.run_path(str(ROOT / "examples" / "tiny.py"))["wan_text_to_video"]()
+    names.update(prompt="a paper boat on a river", rainfusion=rainfusion, OwnTransformer="OwnTransformer")
+    names.update((name, getattr(host, name)) for name in ("REST", "Adapter", "Grid", "register_adapter"))
+    for asked, given in (
+        ("pipe(prompt)", f"pipe(prompt, {', '.join(f'{name}={size}' for name, size in sizes.items())})"),
+        (
+            "RainFusionConfig(sparsity=0.8, dense_steps=(10, 0), refresh_every=8)",
+            "dataclasses.replace(tiny, refresh_every=8)",
+        ),
+    ):
+        assert asked in text
+        text = text.replace(asked, given)
+    return text
+
+
 def with_small_tensors(text: str, names: dict[str, Any]) -> str:
-    """The README's examples for a video of few tokens, and the q, k and v that they speak of."""
+    """Examples for a video of few tokens, and the q, k and v that they speak of."""
     grid = (9, 8, 16)
     shape = (1, 2, int(np.prod(grid)), 32)
     names.update((name, np.random.default_rng(0).standard_normal(shape, dtype=np.float32)) for name in "qkv")
+    names["rainfusion"] = rainfusion
     return text.replace("(21, 45, 80)", str(grid))
 
 
