@@ -249,10 +249,16 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tables", action="store_true", help="write the tables from the records, and measure nothing")
     parser.add_argument("--backend", help="measure this backend's kernels; the tables are left alone")
-    parser.add_argument("--device", default="cuda:0", help="where (default: cuda:0)")
-    parser.add_argument("--json", type=Path, default=ON_HOPPER, help="where to write what a backend did")
+    parser.add_argument("--device", help="where (default: cuda:0)")
+    parser.add_argument("--json", type=Path, help="where to write what a backend did (default: the record)")
     parser.add_argument("--frames", type=Path, help="an .npz of clips by name, where this machine cannot decode them")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.tables and (args.backend or args.frames):
+        parser.error("--tables measures nothing; leave out --backend and --frames")
+    if not args.backend and (args.device or args.json):
+        parser.error("--device and --json are about a backend; name one with --backend")
+    args.device, args.json = args.device or "cuda:0", args.json or ON_HOPPER
+    return args
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:

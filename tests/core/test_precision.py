@@ -158,6 +158,14 @@ def test_lengths_count_in_tokens_where_rows_are_means():
     np.testing.assert_allclose(y.ravel(), [10.3, 10.1, 0, 0], atol=0.3 / 127)
 
 
+def test_a_block_far_longer_than_the_tokens_takes_no_memory(rng):
+    """A plan that was read from a file may ask for one."""
+    x = rng.standard_normal((1, 2, 30, 4)).astype(np.float32)
+    expected, found = (ops.quantise(x, format="int8", block=block) for block in (30, 2**31 - 1))
+    for right, got in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(got, right)
+
+
 def test_nan_stays_in_its_group_unless_a_mean_is_taken_off():
     x = np.ones((1, 1, 8, 4), np.float32)
     x[0, 0, 5, 2] = np.nan

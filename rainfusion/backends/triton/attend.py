@@ -44,6 +44,7 @@ class AttentionKernel:
         device: where it runs.
         hopper: the module of Hopper's kernel, where it takes this plan.
         configs: settings of the plain kernel, the best first; what the device cannot hold is dropped on first use.
+            Empty where the plain kernel does not compute what is asked for: attention in 8 bits.
         precision: a name from `hardware.precision`.
         is_tuned: whether the order of `configs` is final.
     """
@@ -70,14 +71,16 @@ class AttentionKernel:
         """The kernel of an attention in 8 bits, which is Hopper's.
 
         Raises:
-            LoweringError: Hopper's kernel is not written for this attention, or this Triton has no Gluon.
+            LoweringError: Hopper's kernel is not written for this attention, or this Triton does not compile it, as far
+                as is known.
         """
         dim, module = plan.types[op.q].shape[3], _hopper()
         if not (dim in _HOPPER_DIMS and _SCALES[0] < op.scale < _SCALES[1]):
             raise LoweringError(f"attention in 8 bits of head dim {dim} at scale {op.scale:g}")
-        if module is None:
+        if module is None or device in _refused:
             raise LoweringError(
-                f"attention in 8 bits needs Triton {_GLUON_FROM} or later, this is {triton.__version__}"
+                f"attention in 8 bits needs a Triton that compiles Hopper's kernel, such as {_GLUON_FROM}; this is "
+                f"{triton.__version__}"
             )
         return cls(device, module, [], hardware.precision(device))
 
@@ -96,7 +99,9 @@ class AttentionKernel:
         return self.hopper is not None and self.device not in _refused
 
     def __str__(self) -> str:
-        return "Hopper kernel" if self.uses_hopper else "plain kernel"
+        if self.uses_hopper:
+            return "Hopper kernel"
+        return "plain kernel" if self.configs else "definitions"  # nothing else attends in 8 bits
 
     def __call__(self, given: Attention, out: Tensor, lse: Tensor | None) -> None:
         """Write output ``[B, H, q_len, D]`` and, unless None, log-sum-exp ``[B, H, q_len]``."""

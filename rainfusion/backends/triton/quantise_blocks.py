@@ -8,7 +8,7 @@ it makes the means of the blocks on the way, of the numbers before rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import triton
@@ -21,6 +21,7 @@ KEY_ORDER = tuple(16 * a + 8 * b + 2 * c + e for a in range(8) for c in range(4)
 
 _TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _CHUNK = tl.constexpr(1024)  # tokens a program of the statistics reads
+_LEAST_SCALE = tl.constexpr(2.0**-126)  # one over a smaller one may be infinite, and infinity times 0 is NaN
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,6 @@ def quantise_blocks(
         lengths,
         centre,
         channel_scale,
-        _signs(dim, x.device) if rotate else None,
         shift_by,
         rounded.x,
         rounded.scale,
@@ -151,20 +151,12 @@ def quantise_blocks(
         IS_INTEGER=dtype == torch.int8,
         REPEAT=64 if repeat_scale else 1,
         TRANSPOSE=transpose,
+        ROTATE=rotate,
         SPREAD=dim**0.5,
         num_warps=4,
         enable_fp_fusion=True,
     )
     return rounded
-
-
-@lru_cache(maxsize=8)
-def _signs(dim: int, device: torch.device) -> Tensor:
-    """The Hadamard matrix of size `dim`, a power of two: ones and minus ones, float32."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < dim:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix.to(device)
 
 
 @triton.jit
@@ -250,7 +242,7 @@ def _head_statistics(
     if SPREAD:
         far = tl.maximum(most - mean, mean - least)
         far = tl.where(end > 0, far, 0.0)
-        one = far * (1.0 / 448.0)
+        one = tl.maximum(far * (1.0 / 448.0), _LEAST_SCALE)
         one = tl.where(far == 0.0, 1.0, one)
         one = tl.where(mean == mean, one, mean)  # NaN spreads
         tl.store(scale + bh * DIM + d, one, mask=d < DIM)
@@ -263,7 +255,6 @@ def _quantise(
     lengths,
     centre,
     channel_scale,
-    rotation,
     shift_by,
     rounded,
     scales,
@@ -282,6 +273,7 @@ def _quantise(
     IS_INTEGER: tl.constexpr,
     REPEAT: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    ROTATE: tl.constexpr,
     SPREAD: tl.constexpr,
 ):
     block_of_all = tl.program_id(0)
@@ -313,8 +305,12 @@ def _quantise(
         tl.store(shifts + block_of_all.to(tl.int64) * 128 + place, tl.sum(tokens * by[None, :], axis=1))
     if centre is not None:
         tokens = tl.where(valid[:, None], tokens - tl.load(centre + bh * DIM + d)[None, :], 0.0)
-    if rotation is not None:
-        matrix = tl.load(rotation + d[:, None] * DIM + d[None, :])
+    if ROTATE:  # the sign of an entry is the parity of the bits that its row and column, below 256, have in common
+        common = d[:, None] & d[None, :]
+        common ^= common >> 4
+        common ^= common >> 2
+        common ^= common >> 1
+        matrix = (1 - 2 * (common & 1)).to(tl.float32)
         tokens = tl.dot(tokens, matrix, input_precision="tf32") * (1.0 / SPREAD)
     if channel_scale is not None:
         scale = tl.load(channel_scale + bh * DIM + d)[None, :]
@@ -322,8 +318,8 @@ def _quantise(
     else:
         # The largest as bits, where infinity and NaN are above all numbers: neither may pass for one once rounded.
         bits = tl.max(tl.max(tokens.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0)
-        far = bits.to(tl.float32, bitcast=True)
-        scale = tl.where(bits == 0, 1.0, tl.where(bits < 0x7F800000, far * (1.0 / TOP), float("nan")))
+        measured = tl.maximum(bits.to(tl.float32, bitcast=True) * (1.0 / TOP), _LEAST_SCALE)
+        scale = tl.where(bits == 0, 1.0, tl.where(bits < 0x7F800000, measured, float("nan")))
         repeat = tl.arange(0, REPEAT)
         tl.store(scales + block_of_all.to(tl.int64) * REPEAT + repeat, tl.zeros([REPEAT], tl.float32) + scale)
         tokens = tokens * (1.0 / scale)

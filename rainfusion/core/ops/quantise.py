@@ -144,6 +144,8 @@ def quantise(
         moved = hadamard(moved, xp)
     if valid is not None:
         moved = xp.where(valid, moved, xp.zeros_like(moved))
+    if block is not None:
+        block = min(block, length)  # padding is never more than there are tokens
     of_format = FORMATS[format]
     if scale is None:
         largest = xp.max(xp.abs(moved), axis=2) if block is None else _largest_of_blocks(moved, block, xp)

@@ -305,6 +305,7 @@ def test_a_triton_that_does_not_compile_the_hopper_kernel_is_told_once(monkeypat
         first(SimpleNamespace(quantised=None), None, None)  # type: ignore[arg-type]
     second(SimpleNamespace(quantised=None), None, None)  # type: ignore[arg-type]  # warnings are errors here
     assert str(second) == "plain kernel"
+    assert str(replace(second, configs=[])) == "definitions"
 
 
 @pytest.mark.parametrize("settings", [{}, {"omitted": "summary", "return_lse": True}, {"rotate": True}], ids=str)
@@ -322,6 +323,9 @@ def test_a_triton_that_does_not_compile_it_attends_in_8_bits_by_definition(
     with pytest.warns(RainfusionWarning, match="their definitions take over"):
         found = rainfusion.attention(q, k, v, backend="triton", **arguments)
     again = rainfusion.attention(q, k, v, backend="triton", **arguments)
+    rainfusion.cache.clear()
+    with pytest.warns(rainfusion.SpeedWarning, match="no kernels of 8 bits"):  # lowered anew, it is known beforehand
+        rainfusion.attention(q, k, v, backend="triton", **arguments)
     with pytest.warns(rainfusion.SpeedWarning):
         defined = rainfusion.attention(q, k, v, backend="torch", **arguments)
     rainfusion.cache.clear()

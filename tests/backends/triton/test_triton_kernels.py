@@ -142,6 +142,36 @@ def test_blocks_in_8_bits(length: int, format: str, ordered: bool, padded: bool,
     _one_step_apart(numbers, defined, order, lengths, scale.max() * E4M3_STEP)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("size", [1e-38, 1e-40])
+def test_numbers_too_small_for_a_scale_stay_small(dtype: torch.dtype, size: float) -> None:
+    """One over their scale would be infinite, and times 0 NaN."""
+    x = random(0, 1, 2, 130, 32) * size
+    x[:, :, 7] = 0.0
+    blocks = quantise_blocks(x, None, None, dtype)
+    assert blocks.scale is not None
+    numbers = blocks.x.float() * blocks.scale.repeat_interleave(128, 2)[..., None]
+    assert not numbers[:, :, 7].any()
+    assert float((numbers[:, :, :130] - x).abs().max()) < 5 * size
+    centre, channels = statistics(x, None, None, spread=True)
+    values = quantise_blocks(x, None, None, torch.float8_e4m3fn, centre=centre, channel_scale=channels)
+    assert channels is not None
+    assert float((values.x.float()[:, :, :130] * channels[:, :, None] + centre[:, :, None] - x).abs().max()) < 5 * size
+
+
+def test_rotation_whatever_the_default_dtype() -> None:
+    """A pipeline may have set it to bfloat16."""
+    x = random(0, 1, 1, 128, 64)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = quantise_blocks(x, None, None, torch.int8, rotate=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = quantise_blocks(x, None, None, torch.int8, rotate=True)
+    assert torch.equal(found.x, expected.x)
+    assert torch.equal(found.scale, expected.scale)
+
+
 def _one_step_apart(numbers: torch.Tensor, defined: torch.Tensor, order: Any, lengths: Any, step: torch.Tensor) -> None:
     """Rounded numbers in block order are the defined ones in the caller's, but for the odd half rounded elsewhere."""
     expected = defined if order is None else defined[:, :, order]

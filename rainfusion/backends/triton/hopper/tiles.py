@@ -63,7 +63,7 @@ def write(acc, mass, peak, outs, tile, sizes, HALF: gl.constexpr, DIM: gl.conste
         channel = kv_head * DIM + gl.arange(0, DIM, O_COLUMN)
         centre = gl.expand_dims(gl.load(outs.v_centre + channel), 0)
         result = result * gl.expand_dims(gl.load(outs.v_scale + channel), 0)
-        result = gl.where(gl.expand_dims(share > 0.0, 1), result + centre, 0.0)
+        result = gl.where(gl.expand_dims(share == 0.0, 1), 0.0, result + centre)  # NaN stays NaN
     position, token, there = _tokens_of_rows(outs.order, first, sizes, gl.SliceLayout(1, WIDE))
     head = outs.out + (bh // sizes.heads).to(gl.int64) * outs.stride_b + (bh % sizes.heads).to(gl.int64) * outs.stride_h
     column = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
