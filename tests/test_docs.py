@@ -19,15 +19,25 @@ import pytest
 import rainfusion
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+DOCS = sorted(f"docs/{page.relative_to(ROOT / 'docs').as_posix()}" for page in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", *DOCS]
 EXAMPLES = [
     "README.md",
     "docs/calibration.md",
+    "docs/cuda.md",
+    "docs/diffusers.md",
+    "docs/errors.md",
+    "docs/layouts.md",
     "docs/plan.md",
     "docs/policies.md",
-    "docs/layouts.md",
+    "docs/quickstart.md",
     "docs/writing_a_backend.md",
+    *(page for page in DOCS if page.startswith("docs/how_to/")),
 ]
+WITH_A_PIPELINE = ("README.md", "docs/quickstart.md", "docs/how_to/mask_reuse.md", "docs/how_to/read_the_report.md")
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+"""The environment of the one process that examples of several devices run in; port 0 is any that is free."""
+
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 PROBLEM = rainfusion.AttentionProblem(1, 40, 75600, 75600, 128, "bfloat16")
 LAYOUT = rainfusion.TokenLayout((21, 45, 80))
@@ -75,11 +85,20 @@ def test_examples_run_and_print_what_the_page_says(
 ) -> None:
     pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)  # for the files that examples write
+    for variable, value in TORCHRUN.items():
+        monkeypatch.setenv(variable, value)
     text = text_of(page)
     if page == "docs/calibration.md":
         text = with_a_tiny_calibration(with_a_tiny_pipeline(text, module.__dict__), module.__dict__)
-    if page == "README.md":
-        text = with_small_tensors(with_a_tiny_pipeline(text, module.__dict__), module.__dict__)
+    if page in WITH_A_PIPELINE:
+        text = with_a_tiny_pipeline(text, module.__dict__)
+    if page == "docs/diffusers.md":
+        text = with_a_tiny_schedule(text, module.__dict__)
+    if page in ("README.md", "docs/cuda.md"):
+        text = with_small_tensors(text, module.__dict__)
+    if "register_adapter(" in text:
+        adapter = pytest.importorskip("rainfusion.integrations.diffusers.adapter")
+        monkeypatch.setattr(adapter, "_ADAPTERS", dict(adapter._ADAPTERS))  # without that of the page afterwards
     printed, end = "", None
     for fence in FENCE.finditer(text):
         language, body = fence.groups()
@@ -90,7 +109,7 @@ def test_examples_run_and_print_what_the_page_says(
 
 
 def with_a_tiny_pipeline(text: str, names: dict[str, Any]) -> str:
-    """The README's examples for a tiny video, and the pipeline that they speak of."""
+    """Examples for a tiny video, and the pipeline that they speak of."""
     pytest.importorskip("diffusers")
     made = runpy.run_path(str(ROOT / "examples" / "tiny.py"))["wan_text_to_video"]
     names["pipe"], _, sizes = made()
@@ -123,11 +142,32 @@ def with_a_tiny_calibration(text: str, names: dict[str, Any]) -> str:
     return text
 
 
+def with_a_tiny_schedule(text: str, names: dict[str, Any]) -> str:
+    """The guide's examples for a tiny video, and what its excerpt of `examples/own_model.py` takes from there."""
+    pytest.importorskip("diffusers")
+    import rainfusion.integrations.diffusers as host
+
+    names["pipe"], names["tiny"], sizes = runpy.run_path(str(ROOT / "examples" / "tiny.py"))["wan_text_to_video"]()
+    names.update(prompt="a paper boat on a river", rainfusion=rainfusion, OwnTransformer="OwnTransformer")
+    names.update((name, getattr(host, name)) for name in ("REST", "Adapter", "Grid", "register_adapter"))
+    for asked, given in (
+        ("pipe(prompt)", f"pipe(prompt, {', '.join(f'{name}={size}' for name, size in sizes.items())})"),
+        (
+            "RainFusionConfig(sparsity=0.8, dense_steps=(10, 0), refresh_every=8)",
+            "dataclasses.replace(tiny, refresh_every=8)",
+        ),
+    ):
+        assert asked in text
+        text = text.replace(asked, given)
+    return text
+
+
 def with_small_tensors(text: str, names: dict[str, Any]) -> str:
-    """The README's examples for a video of few tokens, and the q, k and v that they speak of."""
+    """Examples for a video of few tokens, and the q, k and v that they speak of."""
     grid = (9, 8, 16)
     shape = (1, 2, int(np.prod(grid)), 32)
     names.update((name, np.random.default_rng(0).standard_normal(shape, dtype=np.float32)) for name in "qkv")
+    names["rainfusion"] = rainfusion
     return text.replace("(21, 45, 80)", str(grid))
 
 
