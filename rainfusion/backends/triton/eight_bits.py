@@ -128,8 +128,8 @@ class EightBits:
         )
         k = _keys(key, order, lengths, dtype, k_centre, rotate=self.k.rotated, mean="k" in self.means)
         v = _values(value, order, lengths, v_centre, v_scale, mean="v" in self.means)
-        made = {"q": q, "k": k, "v": v}
-        means.update({op.mean: _given(made[operand].mean) for operand, op in self.means.items()})
+        by_operand = {"q": q, "k": k, "v": v}
+        means.update({op.mean: _given(by_operand[operand].mean) for operand, op in self.means.items()})
         rounded = None
         if self.kb is not None and self.vb is not None:
             counted = None if lengths is None else (lengths + (ROWS - 1)) // ROWS  # blocks with a valid token

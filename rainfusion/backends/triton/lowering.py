@@ -203,10 +203,10 @@ class Lowered:
         try:
             return self._on_kernels(values)
         except HopperUnavailableError:  # nothing else attends in 8 bits here
-            made: dict[str, Tensor] = {}
+            results: dict[str, Tensor] = {}
             for op in self._segment.ops:
-                made.update(op.evaluate(ChainMap(made, values)))  # type: ignore[arg-type]
-            return {name: made[name] for name in self._segment.outputs}
+                results.update(op.evaluate(ChainMap(results, values)))  # type: ignore[arg-type]
+            return {name: results[name] for name in self._segment.outputs}
 
     def _on_kernels(self, values: Values) -> dict[str, Tensor]:
         blocks = self.fold(values)

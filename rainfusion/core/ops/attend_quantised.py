@@ -43,9 +43,9 @@ class AttendQuantised(Attend):
         return _around_centre(super().meaning, operands)
 
     def infer(self, types: Mapping[str, ValueType]) -> dict[str, ValueType]:
-        made = super().infer(types)
+        inferred = super().infer(types)
         expect_channels(types.get("centre"), _channels(types["v"]), self.centre)
-        return made
+        return inferred
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,9 @@ class AttendMeansQuantised(AttendMeans):
         return _around_centre(super().meaning, operands)
 
     def infer(self, types: Mapping[str, ValueType]) -> dict[str, ValueType]:
-        made = super().infer(types)
+        inferred = super().infer(types)
         expect_channels(types.get("centre"), _channels(types["vb"]), self.centre)
-        return made
+        return inferred
 
 
 def _rounded(weights: Array, xp: Any) -> Array:
