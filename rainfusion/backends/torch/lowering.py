@@ -131,9 +131,9 @@ class _Sparse(_Attention):
         *,
         wants_lse: bool,
     ) -> None:
-        tokens = (plan.types[name].shape[2] for name in (attend.q, attend.k))
-        cut = (min(pair) for pair in zip(attend.block, tokens, strict=True))
-        attend = replace(attend, block=tuple(cut))  # memory is that of the tokens, whatever a plan says
+        q_len, kv_len = (plan.types[name].shape[2] for name in (attend.q, attend.k))
+        block = min(attend.block[0], q_len), min(attend.block[1], kv_len)
+        attend = replace(attend, block=block)  # memory is that of the tokens, whatever a plan says
         super().__init__(attend, names, plan, device, wants_lse=wants_lse)
         self._means = () if means is None else (means.kb, means.vb)
         needs_lse = wants_lse or means is not None
