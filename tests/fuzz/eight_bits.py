@@ -1,5 +1,7 @@
 """Attention in 8 bits as docs/precision.md has it, written a second time: with ml_dtypes' FP8 and whole logit matrices.
 
+Its softmax is also that of attention without rounding.
+
 Rounding is not continuous: where ``(x - c) / s`` lies next to a tie, the last bit of a mean decides which way it goes,
 and nothing says which way is right. `Rounding.nudge` moves everything that is rounded a little, up or down, so that
 what ties cost a problem is measured instead of guessed.
@@ -92,9 +94,13 @@ def _scale(largest: np.ndarray, precision: str) -> np.ndarray:
 
 
 def softmax(
-    logits: np.ndarray, keep: np.ndarray, values: np.ndarray, rounding: Rounding | None
+    logits: np.ndarray, keep: np.ndarray, values: np.ndarray, rounding: Rounding | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output around the centre and log-sum-exp over what is kept, weights rounded or exact; 0 and -inf over nothing."""
+    """Masked softmax; what is not kept has no effect, even NaN; a row that keeps nothing gives 0 and -inf.
+
+    Args:
+        rounding: of the weights that multiply values; their sum is that of exact ones. None leaves them exact.
+    """
     logits = np.where(keep, logits, -np.inf)
     peak = logits.max(axis=-1, keepdims=True)
     peak = np.where(np.isneginf(peak), 0, peak).astype(logits.dtype)

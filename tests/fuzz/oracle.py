@@ -240,7 +240,7 @@ class Oracle:
             logits = np.concatenate([logits, rest], axis=3)
             keep = np.concatenate([keep, ~rows & (counts > 0)], axis=3)
             values = np.concatenate([v, vb], axis=2)
-        return self._given_back(*_softmax(logits, keep, values))
+        return self._given_back(*eight_bits.softmax(logits, keep, values))
 
     def _given_back(self, out: np.ndarray, lse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """In the caller's token order, padded queries without a result."""
@@ -315,7 +315,7 @@ class Oracle:
             v8 = eight_bits.by_channels(rounding, values, centre_v, of_channels)
             logits = q8 @ k8.swapaxes(2, 3) * scale + added
             if exact:
-                return eight_bits.softmax(logits, keep, np.abs(v8), None)
+                return eight_bits.softmax(logits, keep, np.abs(v8))
             return eight_bits.softmax(logits, keep, v8, rounding)
 
         parts = [over(keys, values, keep, np.dtype(dtype).type(0))]
@@ -501,18 +501,6 @@ def _shares(score: np.ndarray, counts: np.ndarray) -> np.ndarray:
     total = weights.sum(axis=-1, keepdims=True)
     shares: np.ndarray = weights / np.where(total == 0, 1.0, total)
     return shares
-
-
-def _softmax(logits: np.ndarray, keep: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Masked softmax; what is not kept has no effect, even NaN; a row that keeps nothing gives 0 and -inf."""
-    logits = np.where(keep, logits, -np.inf)
-    peak = logits.max(axis=-1, keepdims=True)
-    peak = np.where(np.isneginf(peak), 0, peak).astype(logits.dtype)
-    weights = np.exp(logits - peak)
-    total = weights.sum(axis=-1, keepdims=True)
-    out = weights @ np.where(np.isnan(values), 0, values) / np.where(total == 0, 1, total)
-    spread = keep.astype(np.float32) @ np.isnan(values).astype(np.float32) > 0
-    return np.where(spread, np.nan, out), (peak + np.log(total))[..., 0]
 
 
 def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
