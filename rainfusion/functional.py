@@ -11,9 +11,9 @@ from rainfusion import dispatch
 from rainfusion.calls import Settings, call, settings_of
 from rainfusion.core import executable as executables
 from rainfusion.core import ops
-from rainfusion.core.arrays import dtype_name, library_name, namespace, shape_of
+from rainfusion.core.arrays import cannot, dtype_name, library_name, namespace, shape_of
 from rainfusion.core.checks import as_flag, one_of, shown
-from rainfusion.core.errors import LayoutError, ProblemError
+from rainfusion.core.errors import LayoutError, ProblemError, RainfusionError
 from rainfusion.core.executable import Executable, swap_if_bshd
 from rainfusion.core.mask import BlockMask
 from rainfusion.core.ops.means import compute_dtype
@@ -172,10 +172,21 @@ def merge(
         ``(out, lse)``: the output in the dtype of `out_a`, computed in float32 or wider.
 
     Raises:
-        ProblemError: shapes that do not belong together.
+        ProblemError: shapes that do not belong together, or arrays whose library does not compute this with them.
     """
     one_of(tensor_layout, TENSOR_LAYOUTS, "tensor_layout", ProblemError)
-    xp = _namespace_of({"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b})
+    arrays = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    xp = _namespace_of(arrays)
+    try:
+        return _merged(xp, out_a, lse_a, out_b, lse_b, tensor_layout)
+    except (NotImplementedError, TypeError, RuntimeError) as error:
+        if isinstance(error, RainfusionError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise ProblemError(cannot(arrays, "be merged", error)) from error
+
+
+def _merged(xp: Any, out_a: Array, lse_a: Array, out_b: Array, lse_b: Array, tensor_layout: str) -> tuple[Array, Array]:
+    """What `merge` returns, in the namespace of its arrays."""
     outs = [swap_if_bshd(xp.astype(out, compute_dtype(out, xp), copy=False), tensor_layout) for out in (out_a, out_b)]
     shapes = [tuple(out_a.shape), tuple(lse_a.shape), tuple(out_b.shape), tuple(lse_b.shape)]
     if outs[0].ndim != 4 or not shapes[0] == shapes[2] or not shapes[1] == shapes[3] == tuple(outs[0].shape[:3]):

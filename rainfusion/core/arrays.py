@@ -5,11 +5,14 @@ This module imports no device library; it works with whatever the caller's array
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, is_cupy_array, to_device
 from array_api_compat import device as device_of
+
+from rainfusion.core.errors import said
 
 Array = Any
 
@@ -48,6 +51,12 @@ def shape_of(x: Any) -> tuple[int, ...] | None:
         return tuple([int(n) for n in x.shape])
     except Exception:  # each library fails in its own way
         return None
+
+
+def cannot(arrays: Mapping[str, Any], be: str, error: Exception) -> str:
+    """The message for arrays by argument that their library does not compute with, such as sparse ones."""
+    kinds = ", ".join(dict.fromkeys(f"{type(x).__module__}.{type(x).__name__}" for x in arrays.values()))
+    return f"{', '.join(arrays)} ({kinds}) cannot {be}: {said(error)}; give plain, dense arrays of one library"
 
 
 def array_facts(x: Any) -> tuple[Any, ...] | None:

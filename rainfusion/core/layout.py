@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import device as device_of
 
-from rainfusion.core.arrays import Array, namespace
+from rainfusion.core.arrays import Array, cannot, namespace, shape_of
 from rainfusion.core.axis import BlockedAxis, ProtectedRange
 from rainfusion.core.checks import LARGEST, as_int, as_sizes, one_of, shown
 from rainfusion.core.errors import LayoutError
@@ -239,15 +239,20 @@ class TokenLayout:
             return x
         index = self.inverse if inverse else self.order
         assert index is not None
-        # A copy: some libraries warn about, or write through, memory that is read-only.
-        return xp.take(x, xp.asarray(index.copy(), device=device_of(x)), axis=axis)
+        try:
+            # A copy: some libraries warn about, or write through, memory that is read-only.
+            return xp.take(x, xp.asarray(index.copy(), device=device_of(x)), axis=axis)
+        except (NotImplementedError, TypeError, RuntimeError) as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                raise
+            raise LayoutError(cannot({"x": x}, "be put into another order", error)) from error
 
     def _checked_axis(self, x: Array, axis: Any) -> int:
         try:
             place = operator.index(axis)
             length = x.shape[place]
-        except Exception:  # no integer, no such axis, or an __index__ that fails
-            raise LayoutError(f"axis={shown(axis)} is not an axis of an array of shape {tuple(x.shape)}") from None
+        except Exception:  # no integer, no such axis, an __index__ that fails, or a nested tensor, which has no shape
+            raise LayoutError(f"axis={shown(axis)} is not an axis of an array of shape {shape_of(x)}") from None
         if self.length not in (None, length):
             raise LayoutError(
                 f"axis {place} of an array of shape {tuple(x.shape)} has {length} tokens; the layout ({self}) has "

@@ -104,6 +104,13 @@ def _mask(said: Arguments, trial: Trial, rng: Generator) -> None:
     said["mask"] = makers[rng.integers(len(makers))]()
 
 
+def _rotation(said: Arguments, trial: Trial, rng: Generator) -> None:
+    """A rotation of what is not rounded, or of channels that have no Hadamard transform."""
+    dim = trial.problem.head_dim
+    said["rotate"] = True
+    said["precision"] = None if dim & (dim - 1) == 0 else (None, "int8", "fp8")[rng.integers(3)]
+
+
 def _gradient(said: Arguments, trial: Trial, rng: Generator) -> None:
     for name in ("q", "k", "v"):
         x = said[name]
@@ -145,6 +152,9 @@ _SETTINGS: tuple[Spoil, ...] = (
     _set("omitted", "keep", None, 1),
     _set("order", "blocks", None, 0),
     _set("tensor_layout", "sbhd", None, 4),
+    _set("precision", "int4", "INT8", 8, True, np.int8, ["int8"]),
+    _set("rotate", "yes", None, 2),
+    _rotation,
     _set("scale", _NAN, _INFINITY, "1", True, 1e400, [1.0]),
     _set("backend", "abacus", 5),
     _sparsity(1.0, -0.1, _NAN, "0.8", True, (), 2, (0.5, 1.0), [0.5, _NAN]),

@@ -40,12 +40,13 @@ class Subject:
     def __post_init__(self) -> None:
         self.oracle = Oracle(self.problem, dict(self.problem.tensors))
         self._poison()
-        self._expected: dict[tuple[bytes, str], Expected] = {}
+        self._expected: dict[tuple[bytes, str, bool], Expected] = {}
 
-    def expected(self, mask: np.ndarray, omitted: str) -> Expected:
-        key = (np.packbits(mask).tobytes(), omitted)
+    def expected(self, mask: np.ndarray, omitted: str, *, given: bool = False) -> Expected:
+        """What is right over the blocks of a mask, which a call was given or chose."""
+        key = (np.packbits(mask).tobytes(), omitted, given)
         if key not in self._expected:
-            self._expected[key] = self.oracle.attend(mask, omitted, fast_products=self.device != "cpu")
+            self._expected[key] = self.oracle.attend(mask, omitted, given=given, fast_products=self.device != "cpu")
         return self._expected[key]
 
     @cached_property
@@ -139,6 +140,7 @@ class Trial:
             returns=("%out", *["%lse"] * lse, *["%mask"] * mask),
             quotas=p.with_quotas,
             kv_lengths=p.lengths is not None,
+            **p.precision_settings,
         )
 
 
@@ -209,8 +211,9 @@ def check_mask(trial: Trial, returned: Any) -> np.ndarray:
         _need(returned is None or returned is given, "another mask is returned than was given")
         return _host(given.blocks).astype(bool)
     selected = returned
-    if returned is None or problem.rng(8).random() < 0.2:
+    if returned is None or problem.precision is not None or problem.rng(8).random() < 0.2:
         said = {**problem.settings, **trial.choice, **trial.operands}
+        said = {name: x for name, x in said.items() if name not in problem.precision_settings}  # it selects nothing
         selected = rainfusion.select(trial.arrays["q"], trial.arrays["k"], backend=trial.backend, **said)
     grid = _host(selected.blocks).astype(bool)
     _need(returned is None or np.array_equal(_host(returned.blocks), grid), "select gives another mask than attention")
@@ -273,10 +276,10 @@ def check_merge(trial: Trial, results: tuple[Any, ...], grid: np.ndarray) -> Non
         )
         halves += [out, lse]
     out, lse = rainfusion.merge(*halves, tensor_layout=problem.tensor_layout)
-    right = trial.subject.expected(grid, "drop")
+    right = trial.subject.expected(grid, "drop", given=True)
     largest = np.max(np.abs(trial.oracle.tensors["v"]), initial=0.0, where=np.isfinite(trial.oracle.tensors["v"]))
     rounding = 4 * _UNIT[problem.dtype] * largest
-    _compare("merged output", _heads_first(trial, out), right.out, 4 * right.out_limit + rounding)
+    _compare("merged output", _heads_first(trial, out), right.out, 4 * right.out_limit + right.weights_limit + rounding)
     _compare("merged log-sum-exp", _host(lse), right.lse, 4 * right.lse_limit)
 
 
@@ -326,7 +329,7 @@ def check_mask_forms(trial: Trial, results: tuple[Any, ...], grid: np.ndarray) -
     got = rainfusion.attention(
         arrays["q"], arrays["k"], arrays["v"], mask=mask, backend=trial.backend, **lengths, **problem.settings
     )
-    right = trial.subject.expected(grid, problem.omitted)
+    right = trial.subject.expected(grid, problem.omitted, given=True)
     _compare("the output under the mask given again", _heads_first(trial, got), right.out, right.out_limit)
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from tests.fuzz import eight_bits
+from tests.fuzz.eight_bits import Rounding, Tokens
 from tests.fuzz.problems import Choice, Part, Problem
 
 # The rule of the conformance kit: twice the error of the computation in the dtype, and a few roundings of the largest
@@ -27,6 +29,9 @@ _UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
 _WEIGHT_UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 _FAST_UNIT = 2.0**-20
 _MASS_EPSILON = 1e-5
+# Float32 arithmetic moves what 8 bits are rounded from by less than this, relative to the largest of its group.
+_NUDGE = 2.0**-16
+_E4M3_UNIT, _E4M3_LEAST = 2.0**-4, 2.0**-10 / 256  # half steps of a softmax weight: relative, and at the least
 
 # What the block order holds, one after the other; see docs/layouts.md.
 _WINDOW, _REMAINDER, _TOKENS, _SINK_OF_KEYS, _SINK, _TEXT = range(6)
@@ -138,12 +143,17 @@ def compact_window(volume: int, sizes: tuple[int, int, int]) -> tuple[int, int, 
 
 @dataclass(frozen=True)
 class Expected:
-    """Output ``[batch, heads, tokens, channels]`` and log-sum-exp, and how far from them a backend may be."""
+    """Output ``[batch, heads, tokens, channels]`` and log-sum-exp, and how far from them a backend may be.
+
+    Attributes:
+        weights_limit: how far outputs may be apart that round softmax weights against other maxima, in 8 bits.
+    """
 
     out: np.ndarray
     lse: np.ndarray
     out_limit: float
     lse_limit: float
+    weights_limit: float = 0.0
 
 
 @dataclass
@@ -170,13 +180,17 @@ class Oracle:
         """The dtype that is computed in."""
         return "float64" if self.problem.dtype == "float64" else "float32"
 
-    def attend(self, mask: np.ndarray, omitted: str, *, fast_products: bool = False) -> Expected:
+    def attend(self, mask: np.ndarray, omitted: str, *, given: bool = False, fast_products: bool = False) -> Expected:
         """Attention over the blocks of a mask.
 
         Args:
+            given: the mask is, whatever chose it.
             fast_products: allow what kernels of accelerators do: the means of omitted blocks rounded to the tensors'
                 dtype, and float32 as three TensorFloat-32 products.
         """
+        if self.problem.precision is not None:
+            walked = self._as_given() if self._needs_no_order() and not given else self
+            return walked._in_8_bits(mask, omitted, fast_products)
         with np.errstate(all="ignore"):
             out, lse = self._attend(mask, omitted, "float64")
             coarse, coarse_lse = self._attend(mask, omitted, "float32")
@@ -226,11 +240,94 @@ class Oracle:
             logits = np.concatenate([logits, rest], axis=3)
             keep = np.concatenate([keep, ~rows & (counts > 0)], axis=3)
             values = np.concatenate([v, vb], axis=2)
-        out, lse = _softmax(logits, keep, values)
+        return self._given_back(*eight_bits.softmax(logits, keep, values))
+
+    def _given_back(self, out: np.ndarray, lse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """In the caller's token order, padded queries without a result."""
         valid = self.q.valid(self.q_lengths)[:, None, :]
         out, lse = np.where(valid[..., None], out, 0), np.where(valid, lse, -np.inf)
         back = np.argsort(self.q.order)
         return out[:, :, back], lse[:, :, back]
+
+    def _in_8_bits(self, mask: np.ndarray, omitted: str, fast_products: bool) -> Expected:
+        """`attend` in 8 bits: what ties cost, every rounding nudged up or down, is allowed four times."""
+        problem = self.problem
+        assert problem.precision is not None
+        plain = Rounding(problem.precision, problem.rotate)
+        with np.errstate(all="ignore"):
+            noise = (16 if fast_products else 4) * _UNIT[self.wide] * self._magnitude()
+            nudges = [(sign * _NUDGE, sign * (_NUDGE + min(noise, 0.125))) for sign in (1, -1)]
+            out, lse = self._attend_rounded(mask, omitted, "float64", plain)
+            others = [self._attend_rounded(mask, omitted, "float32", plain)]
+            others += [
+                self._attend_rounded(mask, omitted, "float64", replace(plain, nudge=a, nudge_weights=b))
+                for a, b in nudges
+            ]
+            out_error = max(_worst(_rounded(other, problem.dtype), out) for other, _ in others)
+            lse_error = max(_worst(other, lse) for _, other in others)
+            spread, _ = self._attend_rounded(mask, omitted, "float64", None)
+            values = _largest(self.tensors["v"])
+            weights = 2 * (_E4M3_UNIT * _largest(spread) + _E4M3_LEAST * 2 * values * problem.kv_len)
+        rounding = _ROUNDINGS[problem.dtype] * _largest(out) + noise * values
+        return Expected(
+            out,
+            lse,
+            4 * out_error + rounding + (weights if fast_products else 0.0),
+            4 * lse_error + _LSE_ROUNDINGS[self.wide] * max(_largest(lse), 1.0) + noise,
+            weights,
+        )
+
+    def _as_given(self) -> Oracle:
+        """The same with tokens in their own order: blocks of other tokens share a scale."""
+        return Oracle(replace(self.problem, order="given"), self.tensors)
+
+    def _needs_no_order(self) -> bool:
+        """Whether everything is attended, whatever the scores, so that tokens are not put into window order."""
+        problem = self.problem
+        if problem.order == "given" or problem.choice.kind == "mask" or problem.with_quotas:
+            return False
+        last = [part.kind for part in problem.parts if part.count][-1:]
+        if problem.lengths is not None and last != ["text"]:
+            return False  # the order says which tokens are padding
+        if problem.choice.kind == "paper":
+            return not self.q.free or bool((self._quotas_of_paper() >= self.kv.blocks).all())
+        least, _ = self._least(problem.choice, None) if self.q.free else (np.zeros(2), None)
+        return not self.q.free or bool((least[0] >= self.kv.free).all())
+
+    def _attend_rounded(
+        self, mask: np.ndarray, omitted: str, dtype: str, rounding: Rounding | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Output and log-sum-exp in 8 bits, computed in a dtype; without a rounding the mean distance to the centre."""
+        exact = rounding is None
+        rounding = rounding or Rounding(str(self.problem.precision), self.problem.rotate)
+        q, k, v = (x.astype(dtype) for x in self._in_blocks())
+        scale = np.dtype(dtype).type(self.problem.logit_scale)
+        valid = self.kv.valid(self.lengths)
+        keys, values = Tokens(k, valid), Tokens(v, valid)
+        centre, centre_v = keys.centre(), values.centre()
+        of_channels = eight_bits.scale_of_channels(values, centre_v)
+        q8 = eight_bits.by_blocks(rounding, Tokens(q, self.q.valid(self.q_lengths)), self.q.block, 0.0)
+        rows = np.take(mask, self.q.block_of_position(), axis=2)
+        keep = np.take(rows, self.kv.block_of_position(), axis=3) & valid[:, None, None, :]
+
+        def over(keys: Tokens, values: Tokens, keep: np.ndarray, added: Any) -> tuple[np.ndarray, np.ndarray]:
+            k8 = eight_bits.by_blocks(rounding, keys, self.kv.block, centre)
+            v8 = eight_bits.by_channels(rounding, values, centre_v, of_channels)
+            logits = q8 @ k8.swapaxes(2, 3) * scale + added
+            if exact:
+                return eight_bits.softmax(logits, keep, np.abs(v8))
+            return eight_bits.softmax(logits, keep, v8, rounding)
+
+        parts = [over(keys, values, keep, np.dtype(dtype).type(0))]
+        if omitted == "summary":
+            counts = self.kv.counts(self.lengths)
+            means = (Tokens(self.means(x, self.kv, self.lengths), counts > 0) for x in (k, v))
+            logs = np.log(np.maximum(counts, 1)).astype(dtype)[:, None, None, :]
+            parts.append(over(*means, ~rows & (counts > 0)[:, None, None, :], logs))
+        out, lse = eight_bits.merged(parts)
+        if not exact:
+            out = np.where(np.isneginf(lse)[..., None], out, out + centre_v)
+        return self._given_back(out, lse)
 
     def _in_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """q, k and v in block order, each head of q with its own k and v, padding as zeros."""
@@ -331,10 +428,8 @@ class Oracle:
 
     def _of_paper(self, kept: np.ndarray, score: np.ndarray, epsilon: float, quotas: np.ndarray | None) -> list[str]:
         """The quotas' best blocks out of all columns, less the protected ones, which are kept anyway."""
-        blocks, choice = self.kv.blocks, self.problem.choice
-        shares = choice.sparsity if isinstance(choice.sparsity, tuple) else (choice.sparsity,)
-        if quotas is None:
-            quotas = np.array([[math.ceil((1 - share) * blocks)] * self.q.free for share in shares])
+        blocks = self.kv.blocks
+        quotas = self._quotas_of_paper() if quotas is None else quotas
         place = np.broadcast_to(np.clip(quotas, 0, blocks), score.shape[:-1])
         inner = np.full((*score.shape[:-1], 1), np.inf)
         ranked = np.concatenate([inner, -np.sort(-score, axis=-1), -inner], axis=-1)
@@ -345,6 +440,11 @@ class Oracle:
             surely_out = (free < lowest - epsilon) | (place == 0)[..., None]
         found = [] if (kept | ~surely_in).all() else ["a block is skipped that is among the best of all columns"]
         return found + ([] if (~kept | ~surely_out).all() else ["a block is kept that is not among the best"])
+
+    def _quotas_of_paper(self) -> np.ndarray:
+        choice = self.problem.choice
+        shares = choice.sparsity if isinstance(choice.sparsity, tuple) else (choice.sparsity,)
+        return np.array([[math.ceil((1 - share) * self.kv.blocks)] * self.q.free for share in shares])
 
     def _of_mass(
         self, kept: np.ndarray, score: np.ndarray, epsilon: float, least: np.ndarray, mass: float
@@ -401,18 +501,6 @@ def _shares(score: np.ndarray, counts: np.ndarray) -> np.ndarray:
     total = weights.sum(axis=-1, keepdims=True)
     shares: np.ndarray = weights / np.where(total == 0, 1.0, total)
     return shares
-
-
-def _softmax(logits: np.ndarray, keep: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Masked softmax; what is not kept has no effect, even NaN; a row that keeps nothing gives 0 and -inf."""
-    logits = np.where(keep, logits, -np.inf)
-    peak = logits.max(axis=-1, keepdims=True)
-    peak = np.where(np.isneginf(peak), 0, peak).astype(logits.dtype)
-    weights = np.exp(logits - peak)
-    total = weights.sum(axis=-1, keepdims=True)
-    out = weights @ np.where(np.isnan(values), 0, values) / np.where(total == 0, 1, total)
-    spread = keep.astype(np.float32) @ np.isnan(values).astype(np.float32) > 0
-    return np.where(spread, np.nan, out), (peak + np.log(total))[..., 0]
 
 
 def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:

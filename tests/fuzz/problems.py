@@ -111,6 +111,8 @@ class Problem:
     kind: str  # "numpy" or "torch"
     lengths: np.ndarray | None
     with_quotas: bool
+    precision: str | None = None
+    rotate: bool = False
 
     @property
     def logit_scale(self) -> float:
@@ -139,7 +141,14 @@ class Problem:
     def settings(self) -> dict[str, Any]:
         """The arguments of `attention` that are not tensors, without those that choose blocks."""
         rest = {name: getattr(self, name) for name in ("omitted", "order", "tensor_layout", "scale")}
-        return {**self.layout_settings, **rest}
+        return {**self.layout_settings, **rest, **self.precision_settings}
+
+    @property
+    def precision_settings(self) -> dict[str, Any]:
+        """The arguments that ask for 8 bits; none where nothing asks for them."""
+        if self.precision is None:
+            return {}
+        return {"precision": self.precision, **({"rotate": True} if self.rotate else {})}
 
     def layout(self) -> rainfusion.TokenLayout:
         return rainfusion.TokenLayout(**self.layout_settings)
@@ -193,6 +202,8 @@ def draw(seed: int) -> Problem:
     if strides == "expanded" and poison == "padding":
         poison = ""  # one sample in memory cannot have the padding of several
     kind = "numpy" if rng.random() < 0.4 else "torch"
+    head_dim = int(rng.choice(_HEAD_DIMS))
+    precision, rotate = _precision(np.random.default_rng([seed, 11]), head_dim)
     return Problem(
         seed=seed,
         parts=parts,
@@ -204,7 +215,7 @@ def draw(seed: int) -> Problem:
         kv_heads=kv_heads,
         q_len=q_len,
         kv_len=kv_len,
-        head_dim=int(rng.choice(_HEAD_DIMS)),
+        head_dim=head_dim,
         dtype=str(rng.choice(DTYPES)),
         tensor_layout=str(rng.choice(["bhsd", "bshd"])),
         scale=_scale(rng),
@@ -218,6 +229,8 @@ def draw(seed: int) -> Problem:
         kind=kind,
         lengths=lengths,
         with_quotas=choice.kind == "quotas" or (choice.kind != "mask" and bool(rng.random() < 0.1)),
+        precision=precision,
+        rotate=rotate,
     )
 
 
@@ -239,6 +252,7 @@ def draw_for(seed: int, device: str) -> Problem:
     longer = next((n for n in (4, 3, 2) if min(block) >= 64 and logits * n * n < _MOST_LOGITS), 1)
     rest = problem.rng(9).integers(0, longer, problem.batch)
     strides = str(kind.choice(_STRIDES, p=_STRIDES_CHANCES))
+    precision, rotate = _precision(np.random.default_rng([seed // SEEDS_A_KIND % _KINDS, 12]), head_dim)
     return replace(
         problem,
         parts=tuple(_longer(part, longer) for part in problem.parts),
@@ -259,6 +273,8 @@ def draw_for(seed: int, device: str) -> Problem:
         strides=strides,
         lengths=None if problem.lengths is None else problem.lengths * longer + rest,
         kind="torch",
+        precision=precision,
+        rotate=rotate,
     )
 
 
@@ -413,6 +429,13 @@ def _scale(rng: Generator) -> float | None:
     if rng.random() < 0.7:
         return None
     return float(rng.choice([0.0, 1.0, 0.5, -0.25, 0.125, rng.random()]))
+
+
+def _precision(rng: Generator, head_dim: int) -> tuple[str | None, bool]:
+    """A precision, seldom, and whether to rotate, which a power of two of channels can be."""
+    precision = (None, "int8", "fp8")[_pick(rng, (0.75, 0.15, 0.1))]
+    can = precision is not None and head_dim & (head_dim - 1) == 0
+    return precision, can and bool(rng.random() < 0.5)
 
 
 def _pick(rng: Generator, chances: tuple[float, ...]) -> int:

@@ -15,6 +15,7 @@ from rainfusion.core import passes, planner
 from tests.fuzz import run as fuzz_run
 from tests.fuzz.__main__ import main
 from tests.fuzz.laws import Subject, broken_laws
+from tests.fuzz.oracle import Oracle
 from tests.fuzz.problems import SEEDS_A_KIND, draw, draw_for
 from tests.fuzz.run import State, failures_of, is_bad, steps
 from tests.fuzz.workers import Worker
@@ -47,6 +48,10 @@ def test_problems_say_everything_there_is():
         assert len({getattr(p, name) for p in problems}) == {"dtype": 4, "poison": 4, "strides": 6, "values": 7}.get(
             name, 2
         )
+    assert {(p.precision, p.rotate) for p in problems} == {
+        (None, False),
+        *((precision, rotate) for precision in ("int8", "fp8") for rotate in (True, False)),
+    }
     assert {p.choice.kind for p in problems} == {"topk", "paper", "topp", "hybrid", "quotas", "mask"}
     assert {part.kind for p in problems for part in p.parts} == {"grid", "text", "tokens"}
     assert len({part.sinks for p in problems for part in p.parts}) > 8
@@ -57,8 +62,9 @@ def test_problems_say_everything_there_is():
 
 def broken_in(monkeypatch, change):
     """What the fuzzer finds in a few problems where planning goes wrong."""
-    select_blocks = passes.select_blocks
-    monkeypatch.setattr(passes, "select_blocks", lambda *args, **said: change(select_blocks(*args, **said)))
+    for name in ("select_blocks", "quantised"):
+        original = getattr(passes, name)
+        monkeypatch.setattr(passes, name, lambda *args, _of=original, **said: change(_of(*args, **said)))
     _forget()
     subjects = [Subject(draw(seed)) for seed in range(900, 940) if not is_bad(seed)]
     found = {message for subject in subjects for _, message in broken_laws(subject, ("reference",))}
@@ -90,11 +96,27 @@ def changed(kind, **fields):
         (changed(rainfusion.ops.BlockScore, scale=lambda plan: -plan.problem.scale), "a higher score"),
         (changed(rainfusion.ops.Select, over="all"), "its quota"),
         (changed(rainfusion.ops.Select, mass=0.999), "another number of blocks"),
+        (changed(rainfusion.ops.Quantise, centred=False), "the output is"),
+        (changed(rainfusion.ops.Quantise, rotated=lambda plan: False), "the output is"),
     ],
-    ids=["scale", "score", "over", "mass"],
+    ids=["scale", "score", "over", "mass", "centred", "rotated"],
 )
 def test_it_finds_what_is_planned_wrong(monkeypatch, change, finding):
     assert any(finding in message for message in broken_in(monkeypatch, change))
+
+
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.08), ("fp8", 0.12)])
+@pytest.mark.parametrize("omitted", ["drop", "summary"])
+def test_the_oracle_of_8_bits_is_near_exact_attention(precision, omitted, most):
+    changes = {"precision": precision, "omitted": omitted, "values": "normal", "poison": "", "scale": None}
+    drawn = (dataclasses.replace(draw(seed), **changes) for seed in range(60))
+    for problem in [problem for problem in drawn if problem.kv_len > 32 and problem.head_dim > 4][:12]:
+        oracle = Oracle(problem, problem.tensors)
+        exact = Oracle(dataclasses.replace(problem, precision=None), problem.tensors)
+        mask = np.random.default_rng(0).random((problem.batch, problem.heads, oracle.q.blocks, oracle.kv.blocks)) < 0.5
+        got, right = (each.attend(mask, omitted, given=True) for each in (oracle, exact))
+        assert np.linalg.norm(got.out - right.out) <= most * np.linalg.norm(right.out)
+        np.testing.assert_array_equal(np.isneginf(got.lse), np.isneginf(right.lse))
 
 
 def test_it_finds_what_is_accepted_though_it_does_not_fit(monkeypatch):
@@ -168,7 +190,8 @@ def test_problems_for_accelerators_fit_their_oracle(seed):
 def kind(problem):
     """What kernels of accelerators are compiled for."""
     tile = (problem.block, problem.head_dim, problem.dtype, problem.heads, problem.kv_heads)
-    return (*tile, problem.tensor_layout, problem.strides, problem.omitted, problem.order, problem.returns[0])
+    bits = (problem.precision, problem.rotate)
+    return (*tile, *bits, problem.tensor_layout, problem.strides, problem.omitted, problem.order, problem.returns[0])
 
 
 def test_seeds_of_a_worker_share_a_kind_on_accelerators():

@@ -64,7 +64,8 @@ class _Attention:
         require(q.dtype in ("float32", "float16", "bfloat16"), f"no products of {q.dtype}")
         self.shape, self.kv_heads = q.shape, k.shape[1]
         self.q, self.kv = (
-            BlockedAxis(x.shape[2], block, False, x.shape[2]) for x, block in zip((q, k), self.op.block, strict=True)
+            BlockedAxis(x.shape[2], min(block, x.shape[2]), False, x.shape[2])
+            for x, block in zip((q, k), self.op.block, strict=True)
         )
         self.order = constant_order(plan, self.op.order, self.op.inverse)
         self.kv_order = constant_order(plan, self.op.kv_order)

@@ -64,4 +64,6 @@ def _block_scores(op: BlockScore, plan: Plan, device: Device) -> BlockScores:
 def _block_means(op: BlockMean, plan: Plan, device: Device) -> BlockMeans:
     x = plan.types[op.x]
     require(x.dtype in ("float32", "float16", "bfloat16"), f"no means of {x.dtype}")
-    return BlockMeans(BlockedAxis(x.shape[2], op.block, False, x.shape[2]), constant_order(plan, op.order), device)
+    tokens = x.shape[2]
+    axis = BlockedAxis(tokens, min(op.block, tokens), False, tokens)
+    return BlockMeans(axis, constant_order(plan, op.order), device)

@@ -8,6 +8,7 @@ otherwise the plan knows them. Lengths never make it wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import inf
 
 import torch
@@ -130,6 +131,9 @@ class _Sparse(_Attention):
         *,
         wants_lse: bool,
     ) -> None:
+        q_len, kv_len = (plan.types[name].shape[2] for name in (attend.q, attend.k))
+        block = min(attend.block[0], q_len), min(attend.block[1], kv_len)
+        attend = replace(attend, block=block)  # memory is that of the tokens, whatever a plan says
         super().__init__(attend, names, plan, device, wants_lse=wants_lse)
         self._means = () if means is None else (means.kb, means.vb)
         needs_lse = wants_lse or means is not None

@@ -17,7 +17,7 @@ from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 
 from rainfusion.core.arrays import to_numpy
-from rainfusion.core.checks import as_int, as_number
+from rainfusion.core.checks import as_flag, as_int, as_number
 from rainfusion.core.errors import PlanFormatError
 from rainfusion.core.ops.base import Array, Op, ValueType, expect, operand, result
 from rainfusion.core.ops.means import (
@@ -68,6 +68,7 @@ class Attend(Op):
 
     def __post_init__(self) -> None:
         _check_block(self.block)
+        as_flag(self.lengths_on_queries, "lengths_on_queries", PlanFormatError)
         as_number(self.scale, "scale", PlanFormatError, "a number")
         expect((self.order is None) == (self.inverse is None), "attend takes order and inverse together")
 
@@ -142,6 +143,7 @@ class AttendMeans(Op):
 
     def __post_init__(self) -> None:
         _check_block(self.block)
+        as_flag(self.lengths_on_queries, "lengths_on_queries", PlanFormatError)
         as_int(self.kv_len, "kv_len", PlanFormatError)
         as_number(self.scale, "scale", PlanFormatError, "a number")
         expect((self.order is None) == (self.inverse is None), "attend_means takes order and inverse together")
@@ -335,6 +337,7 @@ def _sparse_rows(
     """
     batch, heads, _, columns = mask.shape
     length, device = k.shape[2], device_of(k)
+    block = min(block, length)  # memory is that of the tokens, whatever a plan says
     folded_k, folded_v = (_fold_blocks(x, order, block, lengths, xp) for x in (k, v))
     zero_block = folded_k.shape[0] - 1
     counts = xp.sum(mask, axis=-1, dtype=xp.int32)

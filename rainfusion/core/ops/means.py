@@ -99,6 +99,7 @@ def block_mean(x: Array, order: Array | None = None, lengths: Array | None = Non
 
 def _mean_of_valid(ordered: Array, lengths: Array, block: int, xp: Any) -> Array:
     batch, heads, length, dim = ordered.shape
+    block = min(block, length)  # memory is that of the tokens, whatever a plan says
     position = xp.arange(length, device=device_of(ordered))
     valid = position < lengths[:, None]
     kept = xp.where(valid[:, None, :, None], ordered, xp.zeros_like(ordered))

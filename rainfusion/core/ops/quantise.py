@@ -130,6 +130,7 @@ def quantise(
     """
     xp = array_namespace(x)
     batch, heads, length, dim = x.shape
+    block = None if block is None else min(block, length)  # memory is that of the tokens, whatever a plan says
     ordered = xp.astype(x if order is None else xp.take(x, order, axis=2), compute_dtype(x, xp), copy=False)
     valid = None
     if lengths is not None:
