@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from rainfusion.core.checks import as_flag, one_of
-from rainfusion.core.errors import PlanFormatError, ProblemError
+from rainfusion.core.errors import PlanFormatError, ProblemError, RainfusionError
 from rainfusion.core.ops import Attend, AttendMeans, AttendMeansQuantised, AttendQuantised, Op, Quantise
 from rainfusion.core.ops.rounding import is_power_of_two
 from rainfusion.core.plan import Plan
@@ -24,16 +24,16 @@ FORMATS: Mapping[str, str] = MappingProxyType({"int8": "int8", "fp8": "e4m3"})
 """The format of queries and keys in every precision; values and softmax weights are e4m3 in each."""
 
 
-def checked(precision: Any, rotate: Any) -> tuple[str | None, bool]:
+def checked(precision: Any, rotate: Any, error: type[RainfusionError] = ProblemError) -> tuple[str | None, bool]:
     """A precision, or None, and whether to rotate.
 
     Raises:
-        ProblemError: another precision, no truth value, or a rotation without a precision.
+        error: another precision, no truth value, or a rotation without a precision.
     """
-    one_of(precision, (None, *FORMATS), "precision", ProblemError)
-    rotate = as_flag(rotate, "rotate", ProblemError)
+    one_of(precision, (None, *FORMATS), "precision", error)
+    rotate = as_flag(rotate, "rotate", error)
     if rotate and precision is None:
-        raise ProblemError("rotate=True has no effect without a precision; give precision='int8' or 'fp8', too")
+        raise error("rotate=True has no effect without a precision; give precision='int8' or 'fp8', too")
     return precision, rotate
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from rainfusion.core import precision as precisions
 from rainfusion.core.checks import LARGEST, as_int, as_number, one_of, shown
 from rainfusion.core.errors import LayoutError, PolicyError
 from rainfusion.core.layout import TokenLayout
 from rainfusion.core.parts import SINKS, Sink
 from rainfusion.core.policies import TopK
-from rainfusion.core.precision import FORMATS
 from rainfusion.core.windows import Sizes
 from rainfusion.integrations.calibration import Calibration
 from rainfusion.integrations.head_budgets import CalibrationError, HeadBudgets
@@ -26,12 +26,7 @@ Shares = LayerShares | HeadBudgets | Calibration
 """The same, or budgets that were solved for a model."""
 
 AUTO = "auto"
-_CHOICES = {
-    "omitted": ("drop", "summary"),
-    "order": ("auto", "layer"),
-    "on_grad": ("raise", "dense"),
-    "precision": (None, *FORMATS),
-}
+_CHOICES = {"omitted": ("drop", "summary"), "order": ("auto", "layer"), "on_grad": ("raise", "dense")}
 _COUNTS = {"num_steps": 1, "refresh_every": 1, "min_blocks": 0, "report_rows": 0}
 _OPTIONAL = ("num_steps", "min_blocks")
 _MOST_DIGITS = 10
@@ -144,8 +139,7 @@ class RainFusionConfig:
         for name in ("share_masks", "timed", "rotate"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={shown(getattr(self, name))} is neither True nor False")
-        if self.rotate and self.precision is None:
-            raise ConfigError("rotate=True has no effect without a precision; give precision='int8' or 'fp8', too")
+        precisions.checked(self.precision, self.rotate, ConfigError)
         if not isinstance(self.backend, str | None):
             raise ConfigError(
                 f"backend={shown(self.backend)} is not the name of a backend; `rainfusion devices` lists them"

@@ -18,7 +18,7 @@ from rainfusion.backends.triton.operands import Attention
 from rainfusion.backends.triton.tuning import CANDIDATES, AttendConfig, attend_configs
 from rainfusion.core.errors import LoweringError, RainfusionWarning, warn_caller
 from rainfusion.core.locks import ProcessLock
-from rainfusion.core.ops import Attend
+from rainfusion.core.ops import Attend, AttendQuantised
 from rainfusion.core.plan import Plan
 
 LARGEST_HEAD_DIM = 256
@@ -75,7 +75,7 @@ class AttentionKernel:
                 as is known.
         """
         dim, module = plan.types[op.q].shape[3], _hopper()
-        if not (dim in _HOPPER_DIMS and _SCALES[0] < op.scale < _SCALES[1]):
+        if not _fits_hopper(op, dim):
             raise LoweringError(f"attention in 8 bits of head dim {dim} at scale {op.scale:g}")
         if module is None or device in _refused:
             raise LoweringError(
@@ -150,17 +150,17 @@ class AttentionKernel:
 def takes_hopper(op: Attend, plan: Plan, architecture: str, *, has_wide_means: bool) -> bool:
     """Whether Hopper's kernel is written for this attention.
 
-    Means in float32 are not: beside a log-sum-exp, rounding them to 16 bits would show in its last digits.
+    Means in float32 are not, except in 8 bits: beside a log-sum-exp, rounding them to 16 bits would show in its last
+    digits.
     """
     q = plan.types[op.q]
-    return (
-        architecture == "sm_90"
-        and q.dtype in ("float16", "bfloat16")
-        and q.shape[3] in _HOPPER_DIMS
-        and op.block == (128, 128)
-        and _SCALES[0] < op.scale < _SCALES[1]
-        and not has_wide_means
-    )
+    in_16_bits = q.dtype in ("float16", "bfloat16") and not has_wide_means
+    return architecture == "sm_90" and _fits_hopper(op, q.shape[3]) and (in_16_bits or isinstance(op, AttendQuantised))
+
+
+def _fits_hopper(op: Attend, dim: int) -> bool:
+    """Whether Hopper's kernel has this head dim, these blocks and this scale, in any precision."""
+    return dim in _HOPPER_DIMS and op.block == (128, 128) and _SCALES[0] < op.scale < _SCALES[1]
 
 
 def _hopper() -> Any:

@@ -46,16 +46,16 @@ def speedup(plan: Plan, architecture: str) -> float | None:
     rates = MEASURED.get((architecture, problem.head_dim))
     if rates is None or plan.flops is None or attend is None:
         return None
-    in_8_bits = isinstance(attend, AttendQuantised)
     wide = plan.summarises and "%lse" in plan.returns
-    if not in_8_bits and not takes_hopper(attend, plan, architecture, has_wide_means=wide):
+    if not takes_hopper(attend, plan, architecture, has_wide_means=wide):
         return None
     dense = max(problem.dense_flops / rates.dense, rates.dense_call)
     if plan.is_dense:
         return 1.0
     attended, folded = plan.flops / rates.sparse, _folded_bytes(plan, attend) / rates.bandwidth
-    sparse = attended / _ATTENDS_FASTER + folded * _FOLDS_SLOWER if in_8_bits else attended + folded
-    return dense / max(sparse, rates.sparse_call)
+    if isinstance(attend, AttendQuantised):
+        attended, folded = attended / _ATTENDS_FASTER, folded * _FOLDS_SLOWER
+    return dense / max(attended + folded, rates.sparse_call)
 
 
 def _folded_bytes(plan: Plan, attend: Attend) -> int:

@@ -12,7 +12,7 @@ from rainfusion.backends.triton.operands import Quantised, QuantisedMeans
 from rainfusion.backends.triton.quantise_blocks import ROWS, Rounded, quantise_blocks, statistics
 from rainfusion.core.backend import Segment
 from rainfusion.core.errors import LoweringError
-from rainfusion.core.ops import AttendQuantised, BlockMean, Quantise
+from rainfusion.core.ops import AttendMeansQuantised, AttendQuantised, BlockMean, Quantise
 from rainfusion.core.stages import Stages
 
 _DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
@@ -84,7 +84,7 @@ class EightBits:
 
     def _check_means(self, kb: Quantise, vb: Quantise, stages: Stages) -> None:
         k, v, rest = self.k, self.v, stages.attend_means
-        assert rest is not None
+        assert isinstance(rest, AttendMeansQuantised)
         _need(
             (kb.format, kb.block, kb.rotated) == (k.format, k.block, k.rotated), "means of keys are rounded differently"
         )
@@ -94,7 +94,7 @@ class EightBits:
             "means of keys around another centre",
         )
         same = (vb.centre, vb.scale) == (v.y_centre, v.y_scale) and vb.centre is not None and vb.scale is not None
-        _need(same and vb.centre == getattr(rest, "centre", None), "means of values around another centre")
+        _need(same and vb.centre == rest.centre, "means of values around another centre")
         for op in (kb, vb):
             _need(
                 op.order is None and (op.tokens, op.lengths) == (ROWS, rest.lengths),

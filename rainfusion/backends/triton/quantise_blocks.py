@@ -59,37 +59,10 @@ def statistics(
     scale = torch.empty_like(centre) if spread else None
     width = triton.next_power_of_2(dim)
     order = None if lengths is None else order
-    _chunk_statistics[(batch * heads * chunks,)](
-        x,
-        order,
-        lengths,
-        parts,
-        *x.stride(),
-        heads,
-        chunks,
-        length,
-        batch * heads * chunks * dim,
-        DIM=dim,
-        WIDTH=width,
-        SPREAD=spread,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    _head_statistics[(batch * heads,)](
-        parts,
-        lengths,
-        centre,
-        scale,
-        heads,
-        chunks,
-        length,
-        batch * heads * chunks * dim,
-        DIM=dim,
-        WIDTH=width,
-        SPREAD=spread,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    sizes = (heads, chunks, length, batch * heads * chunks * dim)
+    settings = {"DIM": dim, "WIDTH": width, "SPREAD": spread, "num_warps": 4, "enable_fp_fusion": True}
+    _chunk_statistics[(batch * heads * chunks,)](x, order, lengths, parts, *x.stride(), *sizes, **settings)
+    _head_statistics[(batch * heads,)](parts, lengths, centre, scale, *sizes, **settings)
     return centre, scale
 
 

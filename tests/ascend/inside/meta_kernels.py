@@ -38,30 +38,30 @@ def results(case, chip, monkeypatch, dtype="float16", returns=("%out", "%lse", "
     case = replace(case, problem=replace(case.problem, dtype=dtype))
     monkeypatch.setattr(detection, "chip", lambda: chip)
     monkeypatch.setattr(lowering, "on_host", lambda lengths: (case.problem.kv_len,) * case.problem.batch)
-    made = case.plan(returns=returns)
-    p = made.problem
+    planned = case.plan(returns=returns)
+    p = planned.problem
     with FakeTensorMode(allow_non_fake_inputs=True):  # constants have data
         q, k, v = (
             torch.empty(shape, dtype=getattr(torch, dtype), device="npu:0")
             for shape in (p.q_shape, p.kv_shape, p.kv_shape)
         )
         given = {}
-        if made.takes("%mask"):
-            grid = (p.batch, p.heads, made.q_axis.blocks, made.kv_axis.blocks)
-            mask = BlockMask(torch.ones(grid, dtype=torch.bool, device="npu:0"), p.q_len, p.kv_len, made.block)
+        if planned.takes("%mask"):
+            grid = (p.batch, p.heads, planned.q_axis.blocks, planned.kv_axis.blocks)
+            mask = BlockMask(torch.ones(grid, dtype=torch.bool, device="npu:0"), p.q_len, p.kv_len, planned.block)
             given["mask"] = mask
         for name in ("quotas", "kv_lengths"):
-            if made.takes(f"%{name}"):
-                given[name] = torch.empty(made.types[f"%{name}"].shape, dtype=torch.int32, device="npu:0")
-        returned = lower(made, OnFakeTensors(), NPU)(q, k, v, **given)
-    return made, dict(zip(returns, returned if len(returns) > 1 else (returned,), strict=True))
+            if planned.takes(f"%{name}"):
+                given[name] = torch.empty(planned.types[f"%{name}"].shape, dtype=torch.int32, device="npu:0")
+        returned = lower(planned, OnFakeTensors(), NPU)(q, k, v, **given)
+    return planned, dict(zip(returns, returned if len(returns) > 1 else (returned,), strict=True))
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_case(case, chip, monkeypatch):
-    made, got = results(case, chip, monkeypatch)
-    out, lse, p = got["%out"], got["%lse"], made.problem
+    planned, got = results(case, chip, monkeypatch)
+    out, lse, p = got["%out"], got["%lse"], planned.problem
     assert (out.shape, out.dtype, str(out.device)) == (p.q_shape, torch.float16, "npu:0")
     assert (lse.shape, lse.dtype, str(lse.device)) == ((p.batch, p.heads, p.q_len), torch.float32, "npu:0")
     assert str(got["%mask"].blocks.device) == "npu:0"

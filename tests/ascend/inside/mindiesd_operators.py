@@ -50,16 +50,16 @@ def test_every_keyword_is_in_the_schema(name):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_case_by_its_fake_kernels(case, on, name, monkeypatch):
     only(monkeypatch, name)
-    made, got = results(case, on, monkeypatch, returns=("%out", "%mask"))
-    assert (got["%out"].shape, got["%out"].dtype) == (made.problem.q_shape, torch.float16)
+    planned, got = results(case, on, monkeypatch, returns=("%out", "%mask"))
+    assert (got["%out"].shape, got["%out"].dtype) == (planned.problem.q_shape, torch.float16)
 
 
 @pytest.mark.parametrize("on", CHIPS, ids=lambda on: on.name)
 def test_the_fake_kernel_gives_a_log_sum_exp_in_float32(on, monkeypatch):
     only(monkeypatch, BLOCK_SPARSE)
     (case,) = (c for c in CASES if c.name == "video-f16")
-    made, got = results(case, on, monkeypatch)
-    p = made.problem
+    planned, got = results(case, on, monkeypatch)
+    p = planned.problem
     assert (got["%lse"].shape, got["%lse"].dtype) == ((p.batch, p.heads, p.q_len), torch.float32)
 
 

@@ -76,9 +76,9 @@ def test_rows_that_keep_nothing(monkeypatch, calls):
 
 def test_what_the_lists_operator_is_given(monkeypatch, calls):
     problem = AttentionProblem(2, 4, 300, 500, 80, "float16", 2)
-    made = plan(problem, TokenLayout(block=(64, 128)), TopK(0.5))
+    planned = plan(problem, TokenLayout(block=(64, 128)), TopK(0.5))
     on = target(monkeypatch, A2, by_name(INDEX_LISTS))
-    on.lower(made)(*(torch.randn(shape).half() for shape in (problem.q_shape, problem.kv_shape, problem.kv_shape)))
+    on.lower(planned)(*(torch.randn(shape).half() for shape in (problem.q_shape, problem.kv_shape, problem.kv_shape)))
     ((_, given),) = calls
     shapes = {name: tuple(given.pop(name).shape) for name in ("query", "key", "value", "select_idx", "select_num_idx")}
     assert shapes == {
@@ -107,10 +107,10 @@ def test_what_the_lists_operator_is_given(monkeypatch, calls):
 @pytest.mark.parametrize("operator", [BLOCK_SPARSE, INDEX_LISTS])
 def test_every_argument_is_declared(operator):
     problem = AttentionProblem(1, 2, 300, 300, 64, "float16")
-    made = plan(problem, policy=Fixed())
+    planned = plan(problem, policy=Fixed())
     tensors = [torch.zeros(problem.q_shape, dtype=torch.float16)] * 3
     mask = torch.ones((1, 2, 3, 3), dtype=torch.bool)
-    given = by_name(operator).arguments(Tensors(*tensors, mask), Request.of(made.find(Attend), made, A2))
+    given = by_name(operator).arguments(Tensors(*tensors, mask), Request.of(planned.find(Attend), planned, A2))
     assert set(given) == by_name(operator).keywords
     assert_fits(operator, given)
 
@@ -125,9 +125,9 @@ def test_every_argument_is_declared(operator):
     ids=["950", "lse", "summary"],
 )
 def test_lists_are_refused(monkeypatch, chip, how, reason):
-    made = plan(AttentionProblem(1, 2, 300, 300, 64, "float16"), policy=TopK(0.5), **how)
+    planned = plan(AttentionProblem(1, 2, 300, 300, 64, "float16"), policy=TopK(0.5), **how)
     on = target(monkeypatch, chip, by_name(INDEX_LISTS))
-    assert f"{INDEX_LISTS}: {reason}" in on.backend.objections(made, CPU)
+    assert f"{INDEX_LISTS}: {reason}" in on.backend.objections(planned, CPU)
 
 
 def test_group_sizes_of_the_lists_operator(monkeypatch):
@@ -162,6 +162,6 @@ def test_mindie_sd_that_fails_to_import_is_a_reason(monkeypatch, tmp_path):
 
 def test_without_mindie_sd_it_is_not_looked_for_where_it_is_not_needed(monkeypatch):
     monkeypatch.setattr(operators, "_mindiesd_trouble", lambda: pytest.fail("imported"))
-    made = plan(AttentionProblem(1, 2, 300, 300, 64, "float16"), policy=TopK(0.5))
+    planned = plan(AttentionProblem(1, 2, 300, 300, 64, "float16"), policy=TopK(0.5))
     target(monkeypatch)
-    assert operator_for(Request.of(made.find(Attend), made, A2)).operator == BLOCK_SPARSE
+    assert operator_for(Request.of(planned.find(Attend), planned, A2)).operator == BLOCK_SPARSE

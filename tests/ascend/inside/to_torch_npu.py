@@ -44,23 +44,23 @@ def some_plan(*, block=(128, 128), dim=64, dtype="bfloat16", batch=2, heads=4, k
     return plan(problem, TokenLayout(block=block), TopK(0.5), **how)
 
 
-def call_once(monkeypatch, made, chip=A2):
+def call_once(monkeypatch, planned, chip=A2):
     on = target(monkeypatch, chip)
-    p = made.problem
+    p = planned.problem
     q, k, v = (torch.randn(shape).to(getattr(torch, p.dtype)) for shape in (p.q_shape, p.kv_shape, p.kv_shape))
-    return on.lower(made)(q, k, v)
+    return on.lower(planned)(q, k, v)
 
 
 @pytest.mark.parametrize("operator", [BLOCK_SPARSE, FUSION])
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
 @pytest.mark.parametrize("needs_lse", [False, True])
 def test_every_argument_is_declared_with_that_type(operator, chip, needs_lse):
-    made = some_plan(dim=80)
+    planned = some_plan(dim=80)
     q, k, v = (
-        torch.zeros(shape, dtype=torch.bfloat16) for shape in (made.problem.q_shape, *[made.problem.kv_shape] * 2)
+        torch.zeros(shape, dtype=torch.bfloat16) for shape in (planned.problem.q_shape, *[planned.problem.kv_shape] * 2)
     )
     mask = torch.ones((2, 4, 3, 3), dtype=torch.bool)
-    request = replace(Request.of(made.find(Attend), made, chip), needs_lse=needs_lse)
+    request = replace(Request.of(planned.find(Attend), planned, chip), needs_lse=needs_lse)
     given = by_name(operator).arguments(Tensors(q, k, v, mask), request)
     assert set(given) == by_name(operator).keywords
     assert_fits(operator, given)
@@ -101,8 +101,8 @@ def test_the_dense_mask_is_true_where_tokens_are_left_out(monkeypatch, calls):
 
 
 def test_dense_plans_have_no_mask(monkeypatch, calls):
-    made = plan(AttentionProblem(1, 2, 300, 300, 200, "float16"), policy=TopK(0.0))
-    call_once(monkeypatch, made)
+    planned = plan(AttentionProblem(1, 2, 300, 300, 200, "float16"), policy=TopK(0.0))
+    call_once(monkeypatch, planned)
     ((operator, given),) = calls
     assert (operator, given["atten_mask"], given["sparse_mode"]) == (FUSION, None, 0)
 
@@ -178,13 +178,13 @@ def test_the_executable_says_which_operator_attends(monkeypatch):
     assert {step.by for step in lowered.steps} == {"torch_npu"}
 
 
-def objections(monkeypatch, made, chip=A2):
-    return target(monkeypatch, chip).backend.objections(made, CPU)
+def objections(monkeypatch, planned, chip=A2):
+    return target(monkeypatch, chip).backend.objections(planned, CPU)
 
 
 def test_beyond_the_memory_cap_every_operator_says_why_not(monkeypatch):
-    made = some_plan(block=(64, 64), length=75_600, heads=40, kv_heads=40, batch=1)
-    reasons = objections(monkeypatch, made)
+    planned = some_plan(block=(64, 64), length=75_600, heads=40, kv_heads=40, batch=1)
+    reasons = objections(monkeypatch, planned)
     assert reasons == [
         f"{BLOCK_SPARSE}: no key blocks of 64 (multiples of 128)",
         "mindiesd::block_sparse_attention: no key blocks of 64 (multiples of 128)",
@@ -192,11 +192,11 @@ def test_beyond_the_memory_cap_every_operator_says_why_not(monkeypatch):
         f"{FUSION}: its mask, token by token, would take 212.9 GiB (at most 2 GiB)",
     ]
     with pytest.raises(LoweringError, match=r"212\.9 GiB"):
-        lower(made, target(monkeypatch).backend, CPU, strict=True)
+        lower(planned, target(monkeypatch).backend, CPU, strict=True)
 
 
 @pytest.mark.parametrize(
-    ("made", "reason"),
+    ("planned", "reason"),
     [
         (some_plan(dim=800), "no head dim 800 (at most 768)"),
         (plan(AttentionProblem(1, 300, 300, 300, 64, "float16"), policy=TopK(0.0)), "no 300 heads (at most 256)"),
@@ -212,8 +212,8 @@ def test_beyond_the_memory_cap_every_operator_says_why_not(monkeypatch):
     ],
     ids=["head dim", "heads", "tokens", "summary", "dtype"],
 )
-def test_limits(monkeypatch, made, reason):
-    assert any(reason in said for said in objections(monkeypatch, made))
+def test_limits(monkeypatch, planned, reason):
+    assert any(reason in said for said in objections(monkeypatch, planned))
 
 
 @pytest.mark.parametrize(
@@ -337,8 +337,10 @@ def test_rows_that_attend_to_a_bad_number_are_spoiled_and_no_others(monkeypatch,
     q, k, v = (torch.randn(1, 1, 96, 16).half() for _ in range(3))
     (k if where == "key" else v)[0, 0, 40, 3] = torch.nan
     mask = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)[None, None]
-    made = plan(AttentionProblem(1, 1, 96, 96, 16, "float16"), TokenLayout(block=32), Fixed(), returns=("%out", "%lse"))
-    out, lse = on.lower(made)(q, k, v, mask=BlockMask(mask, 96, 96, (32, 32)))
+    planned = plan(
+        AttentionProblem(1, 1, 96, 96, 16, "float16"), TokenLayout(block=32), Fixed(), returns=("%out", "%lse")
+    )
+    out, lse = on.lower(planned)(q, k, v, mask=BlockMask(mask, 96, 96, (32, 32)))
     bad_rows = torch.arange(96) >= 32
     bad = bad_rows[:, None] & (torch.ones(16, dtype=torch.bool) if where == "key" else torch.arange(16) == 3)
     assert torch.equal(out[0, 0].isnan(), bad)
@@ -346,10 +348,10 @@ def test_rows_that_attend_to_a_bad_number_are_spoiled_and_no_others(monkeypatch,
 
 
 def test_the_limit_of_the_dense_mask_is_in_bytes(monkeypatch):
-    made = some_plan(block=(64, 64), batch=1, heads=2, kv_heads=2)
-    assert objections(monkeypatch, made) == []
+    planned = some_plan(block=(64, 64), batch=1, heads=2, kv_heads=2)
+    assert objections(monkeypatch, planned) == []
     monkeypatch.setattr(operators, "LARGEST_MASK", 2 * 300 * 300 - 1)
-    assert len(objections(monkeypatch, made)) == 4
+    assert len(objections(monkeypatch, planned)) == 4
 
 
 # -- dense rows by a dense operator ---------------------------------------------------------------------
@@ -363,18 +365,18 @@ def split_plan(**how):
 @pytest.mark.parametrize("omitted", ["drop", "summary"])
 def test_dense_rows_by_the_dense_operator(monkeypatch, calls, omitted):
     monkeypatch.setattr(lowering, "seconds_saved", lambda problem, rows: 1.0)
-    on, made = target(monkeypatch), split_plan(omitted=omitted, returns=("%out", "%lse"))
-    q, k, v = tensors(made)
-    split = on.lower(made)(q, k, v)
+    on, planned = target(monkeypatch), split_plan(omitted=omitted, returns=("%out", "%lse"))
+    q, k, v = tensors(planned)
+    split = on.lower(planned)(q, k, v)
     (first, sparse), (second, dense) = calls[:2]
     assert (first, second) == (BLOCK_SPARSE, FUSION)
     assert (sparse["query"].shape[2], dense["query"].shape[2]) == (512, 326)
     assert sparse["block_sparse_mask"].shape == (2, 4, 4, 7)
     assert (sparse["actual_seq_lengths"], sparse["actual_seq_lengths_kv"]) == ([512, 512], [838, 838])
     assert dense["atten_mask"] is None
-    assert f"attend by {BLOCK_SPARSE}, the last 326 rows by {FUSION}, which is estimated" in str(on.lower(made))
+    assert f"attend by {BLOCK_SPARSE}, the last 326 rows by {FUSION}, which is estimated" in str(on.lower(planned))
     monkeypatch.setattr(lowering, "seconds_saved", lambda problem, rows: 0.0)
-    whole = on.lower(made)(q, k, v)
+    whole = on.lower(planned)(q, k, v)
     for one, other in zip(split, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
 
@@ -382,8 +384,8 @@ def test_dense_rows_by_the_dense_operator(monkeypatch, calls, omitted):
 @pytest.mark.parametrize("lacking", [(FUSION,), (BLOCK_SPARSE,)], ids=str)
 def test_rows_are_not_split_where_an_operator_turns_out_to_be_missing(monkeypatch, lacking):
     monkeypatch.setattr(lowering, "seconds_saved", lambda problem, rows: 1.0)
-    on, made = target(monkeypatch), split_plan()
-    lowered, qkv = on.lower(made), tensors(made)
+    on, planned = target(monkeypatch), split_plan()
+    lowered, qkv = on.lower(planned), tensors(planned)
     right = lowered(*qkv)
     monkeypatch.setattr(operators, "_operator", without(*lacking))
     with pytest.warns(RainfusionWarning, match="lacks it"):
@@ -428,10 +430,10 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_nothing_waits_for_the_device(monkeypatch, case):
     """From tokens to the output; lengths, which operators take as numbers, are on the host in these cases."""
-    on, made = target(monkeypatch), case.plan(returns=("%out", "%mask"))
-    lowered, qkv = on.lower(made), on.tensors(case)
-    given = case.operands(made)
-    if made.takes("%mask"):
+    on, planned = target(monkeypatch), case.plan(returns=("%out", "%mask"))
+    lowered, qkv = on.lower(planned), on.tensors(case)
+    given = case.operands(planned)
+    if planned.takes("%mask"):
         given["mask"] = on.mask(case.mask())
     with NoWaiting():
         lowered(*qkv, **given)
@@ -450,21 +452,23 @@ def test_what_waits_is_refused(waits):
 LIMITS = {"%out": 2e-2, "%lse": 1e-4}
 
 
-def tensors(made):
+def tensors(planned):
     torch.manual_seed(0)
-    p = made.problem
+    p = planned.problem
     return [torch.randn(shape).to(getattr(torch, p.dtype)) for shape in (p.q_shape, p.kv_shape, p.kv_shape)]
 
 
-def check_plan(on, made, q, k, v, **operands):
+def check_plan(on, planned, q, k, v, **operands):
     """Output and log-sum-exp of a plan against the definitions in float64."""
-    results = on.lower(made)(q, k, v, **operands)
-    wide = Plan.from_json(made.to_json().replace(f'"{made.problem.dtype}"', '"float64"'))
+    results = on.lower(planned)(q, k, v, **operands)
+    wide = Plan.from_json(planned.to_json().replace(f'"{planned.problem.dtype}"', '"float64"'))
     given = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in operands.items()}
     if "mask" in given:
-        given["mask"] = BlockMask(given["mask"].blocks.numpy(), made.problem.q_len, made.problem.kv_len, made.block)
+        given["mask"] = BlockMask(
+            given["mask"].blocks.numpy(), planned.problem.q_len, planned.problem.kv_len, planned.block
+        )
     right = lower(wide, ReferenceBackend(), CPU)(*(x.double().numpy() for x in (q, k, v)), **given)
-    for name, got, want in zip(made.returns, results, right, strict=True):
+    for name, got, want in zip(planned.returns, results, right, strict=True):
         torch.testing.assert_close(got.double(), torch.from_numpy(want), rtol=0, atol=LIMITS[name])
     return results
 
@@ -479,38 +483,38 @@ def video(*, policy, block=(64, 128), **how):
 @pytest.mark.parametrize("only", [(), (FUSION,)], ids=["block mask", "token mask"])
 def test_tokens_beyond_a_samples_length_take_no_part(monkeypatch, calls, omitted, policy, only):
     on = target(monkeypatch, A2, *map(by_name, only))
-    made = video(policy=policy, omitted=omitted, kv_lengths=True)
-    q, k, v = tensors(made)
+    planned = video(policy=policy, omitted=omitted, kv_lengths=True)
+    q, k, v = tensors(planned)
     lengths = torch.tensor([454, 391], dtype=torch.int32)
-    order = made.layout.order.copy()
+    order = planned.layout.order.copy()
     k[1, :, order[391:]], v[1, :, order[391:]] = math.nan, math.inf
     operands = {}
     if policy == Fixed():
         blocks = torch.rand(2, 4, 8, 4) < 0.6
         blocks[0, 0, 2], blocks[1, 1, 3, :3] = False, False  # nothing, and nothing but padding
-        operands["mask"] = BlockMask(blocks, 454, 454, made.block)
+        operands["mask"] = BlockMask(blocks, 454, 454, planned.block)
     if policy == TopK(0.3):  # the mask of float64 scores could differ
-        lowered = on.lower(replace(made, returns=("%mask",)))
+        lowered = on.lower(replace(planned, returns=("%mask",)))
         operands["mask"] = lowered(q, k, v, kv_lengths=lengths)
-        made = video(policy=Fixed(), omitted=omitted, kv_lengths=True)
-    out, lse = check_plan(on, made, q, k, v, kv_lengths=lengths, **operands)
+        planned = video(policy=Fixed(), omitted=omitted, kv_lengths=True)
+    out, lse = check_plan(on, planned, q, k, v, kv_lengths=lengths, **operands)
     assert not out[1, :, order[391:]].any()
     assert (lse[1, :, order[391:]] == -math.inf).all()
     first = FUSION if only else BLOCK_SPARSE
     assert {operator for operator, _ in calls} == {first} | (
         {FUSION} if omitted == "summary" and policy != TopK(0.0) else set()
     )
-    assert f"attend by {first}" in str(on.lower(made))
+    assert f"attend by {first}" in str(on.lower(planned))
 
 
 def test_what_block_sparse_attention_is_given_for_padded_samples(monkeypatch, calls):
     on = target(monkeypatch)
-    made = plan(AttentionProblem(3, 2, 300, 300, 64, "float16"), TokenLayout(block=128), Fixed(), kv_lengths=True)
-    q, k, v = tensors(made)
+    planned = plan(AttentionProblem(3, 2, 300, 300, 64, "float16"), TokenLayout(block=128), Fixed(), kv_lengths=True)
+    q, k, v = tensors(planned)
     blocks = torch.ones((3, 2, 3, 3), dtype=torch.bool)
     blocks[1, 0, 0] = torch.tensor([False, True, False])  # beyond what that sample has
     lengths = torch.tensor([0, 90, 999], dtype=torch.int32)
-    on.lower(made)(q, k, v, mask=BlockMask(blocks, 300, 300, (128, 128)), kv_lengths=lengths)
+    on.lower(planned)(q, k, v, mask=BlockMask(blocks, 300, 300, (128, 128)), kv_lengths=lengths)
     ((operator, given),) = calls
     assert operator == BLOCK_SPARSE
     assert given["actual_seq_lengths"] == given["actual_seq_lengths_kv"] == [1, 90, 300]
@@ -522,8 +526,8 @@ def test_what_block_sparse_attention_is_given_for_padded_samples(monkeypatch, ca
 )
 def test_lengths_are_read_back_only_where_they_are_on_the_device(monkeypatch, given):
     on = target(monkeypatch)
-    made = plan(AttentionProblem(2, 2, 300, 300, 64, "float16"), TokenLayout(block=128), kv_lengths=True)
-    lowered, qkv = on.lower(made), tensors(made)
+    planned = plan(AttentionProblem(2, 2, 300, 300, 64, "float16"), TokenLayout(block=128), kv_lengths=True)
+    lowered, qkv = on.lower(planned), tensors(planned)
     read = []
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: read.append(tuple(x.shape)) or cpu(x))
@@ -535,20 +539,20 @@ def test_padded_samples_of_any_size_have_an_operator(monkeypatch):
     """Dense ones too: all blocks are in the mask, and the lengths say the rest."""
     for policy in (TopK(0.5), TopK(0.0)):
         problem = AttentionProblem(1, 40, 75_600, 75_600, 128, "bfloat16")
-        made = plan(problem, TokenLayout(block=128), policy, kv_lengths=True)
-        assert objections(monkeypatch, made) == []
+        planned = plan(problem, TokenLayout(block=128), policy, kv_lengths=True)
+        assert objections(monkeypatch, planned) == []
 
 
 @pytest.mark.parametrize("operator", [BLOCK_SPARSE, FUSION])
 @pytest.mark.parametrize("omitted", ["drop", "summary"])
 def test_rows_of_a_given_mask_that_keep_nothing(monkeypatch, operator, omitted):
     on = target(monkeypatch, A2, by_name(operator))
-    made = video(policy=Fixed(), omitted=omitted)
+    planned = video(policy=Fixed(), omitted=omitted)
     blocks = torch.rand(2, 4, 8, 4) < 0.6
     blocks[..., 1] = True
     blocks[0, 0, 2], blocks[1, 3, 7] = False, False
-    q, k, v = tensors(made)
-    out, lse = check_plan(on, made, q, k, v, mask=BlockMask(blocks, 454, 454, made.block))
+    q, k, v = tensors(planned)
+    out, lse = check_plan(on, planned, q, k, v, mask=BlockMask(blocks, 454, 454, planned.block))
     assert out.isfinite().all()
     if omitted == "drop":
         assert (lse == -math.inf).sum() == 64 + 454 - 7 * 64
@@ -556,11 +560,11 @@ def test_rows_of_a_given_mask_that_keep_nothing(monkeypatch, operator, omitted):
 
 def test_quotas_at_call_time_may_leave_rows_empty(monkeypatch):
     on = target(monkeypatch)
-    made = plan(
+    planned = plan(
         AttentionProblem(1, 2, 300, 300, 64, "float16"), TokenLayout(block=128), quotas=True, returns=("%out", "%lse")
     )
-    q, k, v = tensors(made)
-    out, lse = on.lower(made)(q, k, v, quotas=np.array([[0, 1, 2], [3, 9, 0]], dtype=np.int32))
+    q, k, v = tensors(planned)
+    out, lse = on.lower(planned)(q, k, v, quotas=np.array([[0, 1, 2], [3, 9, 0]], dtype=np.int32))
     assert torch.equal(lse[0, 0] == -math.inf, torch.arange(300) < 128)
     assert torch.equal(lse[0, 1] == -math.inf, torch.arange(300) >= 256)
     assert torch.equal((out == 0).all(dim=-1), lse == -math.inf)
@@ -587,17 +591,17 @@ class Negated(Op):
 @pytest.mark.parametrize("omitted", ["drop", "summary"])
 def test_an_operation_that_no_kernel_knows_is_neither_claimed_nor_dropped(monkeypatch, calls, omitted):
     on = target(monkeypatch)
-    made = some_plan(omitted=omitted, length=640, block=(128, 128))
-    ops = list(made.ops)
+    planned = some_plan(omitted=omitted, length=640, block=(128, 128))
+    ops = list(planned.ops)
     at = next(i for i, op in enumerate(ops) if "%score" in op.makes)
     ops[at] = replace(ops[at], score="%raw")
     ops.insert(at + 1, Negated(x="%raw", negative="%score"))
-    changed = on.lower(replace(made, ops=tuple(ops), returns=("%out", "%mask")))
+    changed = on.lower(replace(planned, ops=tuple(ops), returns=("%out", "%mask")))
     by = {op.name: step.by for step in changed.steps for op in step.segment.ops}
     assert (by["test_npu_negated"], by["select"], by["attend"]) == ("definition", "torch_npu", "torch_npu")
-    q, k, v = tensors(made)
+    q, k, v = tensors(planned)
     _, mask = changed(q, k, v)
-    opposite = on.lower(replace(made, returns=("%out", "%mask")))(-q, k, v)[1]
+    opposite = on.lower(replace(planned, returns=("%out", "%mask")))(-q, k, v)[1]
     assert torch.equal(mask.blocks, opposite.blocks)
     attended = calls[0][1]["block_sparse_mask"]
     assert torch.equal(attended.bool(), mask.blocks)
@@ -606,12 +610,12 @@ def test_an_operation_that_no_kernel_knows_is_neither_claimed_nor_dropped(monkey
 def test_values_of_the_mask_chain_and_between_attentions_can_be_returned(monkeypatch):
     on = target(monkeypatch)
     returns = ("%out", "%qb", "%kb", "%score", "%mask", "%kept", "%rest_lse")
-    made = replace(some_plan(omitted="summary", length=320), returns=returns)
-    lowered = on.lower(made)
+    planned = replace(some_plan(omitted="summary", length=320), returns=returns)
+    lowered = on.lower(planned)
     assert [step.by for step in lowered.steps] == ["torch_npu"]
-    q, k, v = tensors(made)
+    q, k, v = tensors(planned)
     got = dict(zip(returns, lowered(q, k, v), strict=True))
-    reference = lower(made, ReferenceBackend(), CPU)(q, k, v)
+    reference = lower(planned, ReferenceBackend(), CPU)(q, k, v)
     for name, right in zip(returns, reference, strict=True):
         if name == "%mask":
             assert torch.equal(got[name].blocks, right.blocks)

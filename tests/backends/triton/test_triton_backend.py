@@ -225,6 +225,18 @@ def test_short_sequences_do_not_pay_and_long_ones_do() -> None:
     assert speedup(4, 16, 16) < speedup(8, 32, 32) < speedup(21, 45, 80)
 
 
+@pytest.mark.parametrize(("block", "known"), [(128, True), (64, False)])
+def test_attention_in_8_bits_is_estimated_where_the_kernel_takes_it(block: int, known: bool) -> None:
+    problem = AttentionProblem(1, 40, 75600, 75600, 128, "bfloat16")
+    layout = TokenLayout((21, 45, 80), block=block, sink=None)
+    exact, rounded = (
+        cost.speedup(rainfusion.plan(problem, layout, TopK(0.8), precision=precision), "sm_90")
+        for precision in (None, "int8")
+    )
+    assert (rounded is not None) is known
+    assert rounded is None or exact is None or exact < rounded < 1.5 * exact
+
+
 @pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"head_dim": 80}], ids=str)
 def test_no_estimate_without_a_measurement(settings: dict[str, Any]) -> None:
     plan = rainfusion.plan(problem(**{"dtype": "bfloat16", "head_dim": 128, **settings}), TokenLayout(GRID), TopK(0.3))
